@@ -39,9 +39,9 @@ PRESETS = {
     "toy2d": dict(
         network="mlp",
         formulation="rf",
-        steps=24_000,
+        steps=27_000,
         batch_size=1024,
-        lr=1e-2,
+        lr=8e-3,
         warmup=500,  # steps of linear warm-up
         decay=True,  # then a cosine to 0; otherwise constant
         betas=(0.9, 0.99),

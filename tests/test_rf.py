@@ -1,0 +1,495 @@
+"""Equations (1)-(22) by independent routes: autograd, Monte Carlo with its error bar, quadrature, closed forms."""
+
+import math
+
+import pytest
+import torch
+
+import rf
+from rf import EDM, PREDICTIONS, STUDY, CosMap, Cosine, Formulation, LogitNormal, Mode, Uniform, formulation, solve
+from toy2d import GaussianMixture
+
+F64 = torch.float64
+PATHS = {
+    "rf": rf.RectifiedFlow(),
+    "cosine": Cosine(),
+    "ldm": rf.LDMLinear(),
+    "ddpm": rf.DDPMLinear(),
+    "edm": EDM(),
+    "edm/rf": rf.MatchedEDM(rf.RectifiedFlow()),
+    "edm/cos": rf.MatchedEDM(Cosine()),
+}
+DENSITIES = [Uniform(), LogitNormal(0, 1), LogitNormal(-0.5, 0.6), LogitNormal(1, 2.2), Mode(1.29), Mode(-0.5), CosMap()]
+paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+every_formulation = pytest.mark.parametrize("name", [*STUDY, "eps/ddpm", "v/ddpm"])
+
+
+def mixture():
+    """Three anisotropic components of unequal weight."""
+    covs = [[[0.09, 0.03], [0.03, 0.05]], [[0.02, -0.01], [-0.01, 0.08]], [[0.2, 0], [0, 0.01]]]
+    return GaussianMixture([[1, 0.5], [-1, 0.2], [0.1, -1.2]], covs, [1, 2, 0.5])
+
+
+def inner(n, path=None, margin=0.02):
+    """n times inside [t_min, t_max], off the linear paths' table entries (where a' jumps)."""
+    return torch.linspace(margin, 1 - margin, n, dtype=F64) + 0.0001234
+
+
+def derivative(f, t):
+    t = t.clone().requires_grad_()
+    return torch.autograd.grad((f(t) + 0 * t).sum(), t)[0]  # 0 t: a may be constant
+
+
+def close(x, y, rel=1e-9):
+    torch.testing.assert_close(x, y, rtol=rel, atol=rel)
+
+
+# ---- paths
+
+
+@paths
+def test_coefficients_derivatives_match_autograd(path):
+    t = inner(50)
+    close(path.da(t), derivative(path.a, t))
+    close(path.db(t), derivative(path.b, t))
+    close(path.dlog_snr(t), derivative(path.log_snr, t), 1e-8)
+
+
+@paths
+def test_velocity_5_9_10_is_the_derivative_of_2(path):
+    """(5): psi'_t(psi_t^-1(z)) by autograd through (2); (9), (10): the closed form; and a' x0 + b' eps."""
+    g = torch.Generator().manual_seed(0)
+    t = inner(40)
+    x0, eps = torch.randn(2, 40, 3, dtype=F64, generator=g)
+    z = path.interpolate(x0, eps, t)
+    _, dz = torch.func.jvp(lambda t: path.interpolate(x0, eps, t), (t,), (torch.ones_like(t),))
+    u = path.conditional_velocity(z, eps, t)
+    close(u, dz)
+    half = (path.b(t) / 2 * path.dlog_snr(t))[:, None]
+    close(u, (path.da(t) / path.a(t))[:, None] * z - half * eps, 1e-8)
+
+
+def test_endpoints():
+    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 in float32 too; the table of what the other paths do there."""
+    ends = torch.tensor([0.0, 1.0])
+    for path in (rf.RectifiedFlow(), Cosine()):
+        assert path.a(ends).tolist() == [1, 0] and path.b(ends).tolist() == [0, 1]
+    ldm, ddpm = rf.LDMLinear(), rf.DDPMLinear()
+    assert ldm.a(ends).tolist() == pytest.approx([0.99957, 0.0683], abs=5e-5)
+    assert ldm.b(ends)[0].item() == pytest.approx(0.02915, abs=1e-4)
+    assert ddpm.a(ends)[1].item() == pytest.approx(0.00635, abs=5e-6)
+    edm = EDM(-1.2, 1.2)
+    assert edm.t_min == 1e-4 and edm.db(ends).isinf().all()
+    assert edm.b(torch.tensor(edm.t_max, dtype=F64)).log().item() == pytest.approx(-1.2 + 3.719 * 1.2, abs=1e-3)
+    assert formulation("eps/cos").path.t_max == 0.999 and formulation("v/cos").path.t_max == 1
+
+
+def test_linear_schedules_are_the_published_products():
+    for path, beta in (
+        (rf.DDPMLinear(), [1e-4 + i / 999 * (0.02 - 1e-4) for i in range(1000)]),
+        (rf.LDMLinear(), [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]),
+    ):
+        for i in (0, 1, 499, 998, 999):
+            a = math.sqrt(math.prod(1 - b for b in beta[: i + 1]))
+            assert path.a(torch.tensor(i / 999, dtype=F64)).item() == pytest.approx(a, rel=1e-10)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_time_inverts_log_snr(path, dtype):
+    t = inner(200).to(dtype)
+    tolerance = 1e-9 if dtype == F64 else 2e-5
+    torch.testing.assert_close(path.time(path.log_snr(t)), t, rtol=0, atol=tolerance)
+    assert path.time(path.log_snr(t.reshape(10, 20))).shape == (10, 20)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_coefficients_keep_float32_accuracy(path, dtype):
+    t = torch.linspace(0.001, 0.999, 300).to(dtype)
+    t = t[(t > 0) & (t < 1)]
+    for got, exact in zip(path.coefficients(t), path.coefficients(t.double()), strict=True):
+        assert got.dtype == torch.float32
+        # a and b to a few ulp; the linear paths' slopes may fall on the neighbouring table entry
+        torch.testing.assert_close(got.double(), exact, rtol=3e-3 if "Linear" in type(path).__name__ else 5e-6, atol=1e-6)
+    for got, exact in zip(path.coefficients(t)[:2], path.coefficients(t.double())[:2], strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=5e-6, atol=0)
+
+
+def test_edm_log_snr_is_normal_15():
+    t = torch.rand(100_000, dtype=F64, generator=torch.Generator().manual_seed(0))
+    lam = EDM(-0.6, 1.8).log_snr(t)
+    assert ks(lam.sort().values, torch.special.ndtr((lam.sort().values - 1.2) / 3.6)) < 1.63 / math.sqrt(len(t))
+
+
+# ---- predictions and the loss
+
+
+@every_formulation
+def test_ends_of_the_exact_output_are_exact(name):
+    """o = p x0 + q eps gives back x0, eps and a' x0 + b' eps."""
+    f = formulation(name)
+    g = torch.Generator().manual_seed(0)
+    t = torch.linspace(f.path.t_min, f.path.t_max, 41, dtype=F64)[:40] + (f.path.t_max - f.path.t_min) / 99.1
+    x0, eps = torch.randn(2, 40, 2, 3, dtype=F64, generator=g)
+    z, target = f.pair(x0, eps, t)
+    network = lambda z_in, t_in: (close(z_in, z), target)[1]  # noqa: E731
+    x0_hat, eps_hat = f.ends(network)(f.path.interpolate(x0, eps, t), t)
+    rtol = 1e-7
+    close(x0_hat, x0, rtol), close(eps_hat, eps, rtol)
+    if name != "eps/cos" and "edm" not in name:
+        close(f.velocity(network)(f.path.interpolate(x0, eps, t), t), f.path.conditional_velocity(
+            f.path.interpolate(x0, eps, t), eps, t), 1e-6)
+
+
+def test_edm_prediction_is_the_published_preconditioning():
+    """(16): D = c_skip z + c_out F, c_in = 1/sqrt(sigma^2 + sigma_d^2), written as Karras et al. do."""
+    path, sigma_d = EDM(-0.6, 1.2), 0.5
+    t = inner(30)
+    sigma = path.b(t)
+    c_skip, c_out = sigma_d**2 / (sigma**2 + sigma_d**2), sigma * sigma_d / (sigma**2 + sigma_d**2).sqrt()
+    p, q = PREDICTIONS["F"](path, t)
+    close(p, (1 - c_skip) / c_out), close(q, -c_skip * sigma / c_out)
+    close(path.c_in(t), 1 / (sigma**2 + sigma_d**2).sqrt())
+    o, z = torch.randn(2, 30, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x0_hat, _ = Formulation("", path, "F").ends(lambda z, t: o)(z, t)
+    close(x0_hat, c_skip[:, None] * z + c_out[:, None] * o)
+    small = torch.tensor([1e-4])  # float32 keeps p where 1 - c_skip would cancel
+    close(PREDICTIONS["F"](path, small)[0].double(), PREDICTIONS["F"](path, small.double())[0], 1e-5)
+
+
+@paths
+def test_losses_8_11_12_agree_per_sample(path):
+    g = torch.Generator().manual_seed(0)
+    t = inner(60)
+    x0, eps, v = torch.randn(3, 60, 2, dtype=F64, generator=g)
+    z = path.interpolate(x0, eps, t)
+    a, b, da, _ = (c[:, None] for c in path.coefficients(t))
+    lam = path.dlog_snr(t)[:, None]
+    loss_8 = (v - path.conditional_velocity(z, eps, t)).square()
+    loss_11 = (v - da / a * z + b / 2 * lam * eps).square()
+    eps_theta = -2 / (lam * b) * (v - da / a * z)
+    loss_12 = (-b / 2 * lam).square() * (eps_theta - eps).square()
+    close(loss_11, loss_8, 1e-7), close(loss_12, loss_8, 1e-7)
+
+
+@pytest.mark.parametrize("name", ["rf", "rf/lognorm(0.50,0.60)", "eps/cos", "v/cos", "eps/linear", "v/linear", "edm(-1.20,1.20)"])
+def test_loss_is_L_w_with_the_one_line_weight(name):
+    """E_t of the loss at fixed (x0, eps) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2, by quadrature over t."""
+    f = formulation(name)
+    t = torch.linspace(0.02, 0.98, 20001, dtype=F64)  # both sides over the same range
+    x0, eps = torch.tensor([[0.3, -1.1]], dtype=F64), torch.tensor([[0.7, 0.2]], dtype=F64)
+    network = lambda z, t: torch.tanh(z + t[:, None])  # noqa: E731
+    x0, eps = x0.expand(len(t), 2), eps.expand(len(t), 2)
+    z, target = f.pair(x0, eps, t)
+    left = f.density.density(t) * (network(z, t) - target).square().mean(1)
+    _, eps_hat = f.ends(network)(f.path.interpolate(x0, eps, t), t)
+    right = -0.5 * f.weight(t) * f.path.dlog_snr(t) * (eps_hat - eps).square().mean(1)
+    close(right, left, 1e-7)
+
+
+WEIGHTS = {  # the paper's closed forms with their constants
+    "rf": lambda t, lam: t / (1 - t),  # (13)
+    "rf/lognorm(0.50,0.60)": lambda t, lam: t / (1 - t) * LogitNormal(0.5, 0.6).density(t),  # (18)
+    "rf/mode(1.29)": lambda t, lam: t / (1 - t) * Mode(1.29).density(t),
+    "rf/cosmap": lambda t, lam: t / (1 - t) * CosMap().density(t),
+    "eps/cos": lambda t, lam: 1 / torch.cosh(lam / 2) / math.pi,  # (17)
+    "v/cos": lambda t, lam: 2 / math.pi * torch.exp(-lam / 2),  # (17)
+    "edm(-1.20,1.20)": lambda t, lam: 8 * gauss(lam, 2.4, 2.4) * (torch.exp(-lam) + 0.5**2),  # (16)
+    "edm(0.60,1.80)": lambda t, lam: 8 * gauss(lam, -1.2, 3.6) * (torch.exp(-lam) + 0.5**2),
+}
+
+
+def gauss(x, m, s):
+    return torch.exp(-((x - m) ** 2) / (2 * s**2)) / (s * math.sqrt(2 * math.pi))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_match_closed_forms(name):
+    f, t = formulation(name), inner(50)
+    close(f.weight(t), WEIGHTS[name](t, f.path.log_snr(t)), 1e-8)
+
+
+def test_first_loss_of_a_zero_network_is_the_target_power():
+    """E|eps - x0|^2 per dimension = 1 + E x0^2, within 5 standard errors; cond passes through."""
+    x0 = 2 * torch.ones(200_000, 1)
+    seen = []
+    network = lambda z, t, label: (seen.append((t.shape, label)), torch.zeros_like(z))[1]  # noqa: E731
+    loss = formulation("rf").loss(network, x0, torch.tensor(3), generator=torch.Generator().manual_seed(0))
+    assert seen[0][0] == (200_000,) and seen[0][1] == 3
+    assert loss.item() == pytest.approx(5, abs=5 * math.sqrt(18 / 200_000))
+
+
+def test_loss_reproduces_with_its_generator_and_draws_inside():
+    f, x0 = formulation("edm(-1.20,1.20)"), torch.ones(64, 2)
+    a, b = (f.loss(lambda z, t: z, x0, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert a == b
+    t = formulation("edm(0.00,1.80)").draw(100_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 1e-4 and t.max() <= 1 - 1e-4
+
+
+@pytest.mark.parametrize("name", ["rf", "v/cos"])
+def test_gradients_of_7_and_8_agree(name):
+    """(7) and (8) differ by a constant: equal gradients in Theta, within 5 Monte-Carlo standard errors."""
+    f, m, n = formulation(name), mixture(), 200_000
+    path = f.path
+    g = torch.Generator().manual_seed(0)
+    x0 = m.sample(n, g)[0].double()
+    eps, t = torch.randn(n, 2, dtype=F64, generator=g), torch.rand(n, dtype=F64, generator=g)
+    z = path.interpolate(x0, eps, t)
+    features = torch.stack([z[:, 0], z[:, 1], t, torch.sin(3 * z[:, 0]), torch.ones(n)], 1)
+    v = (features @ torch.linspace(-1, 1, 5, dtype=F64))[:, None]  # v_Theta, linear in Theta
+    u = m.velocity(z, t, path)
+    conditional = path.da(t)[:, None] * x0 + path.db(t)[:, None] * eps
+    gradient = lambda target: 2 * (v - target).sum(1)[:, None] * features  # noqa: E731
+    difference = gradient(conditional) - gradient(u)
+    error = difference.std(0) / math.sqrt(n)
+    assert (difference.mean(0).abs() < 5 * error).all()
+    assert (gradient(u).mean(0).abs() > 20 * error).any()  # the test would see a wrong u
+    assert ((v - conditional).square().mean() - (v - u).square().mean()) > 0.1  # and the losses do differ
+
+
+# ---- densities
+
+
+def ks(x, cdf):
+    """Kolmogorov-Smirnov statistic of sorted samples, given the cdf at them."""
+    i = torch.arange(len(x), dtype=cdf.dtype)
+    return torch.maximum(cdf - i / len(x), (i + 1) / len(x) - cdf).max().item()
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=lambda d: f"{type(d).__name__}{list(vars(d).values())}")
+def test_densities_integrate_to_one_and_match_their_samplers(density):
+    grid = torch.special.ndtr(torch.linspace(-7, 7, 40001, dtype=F64))  # dense at the ends
+    cdf = torch.cumulative_trapezoid(density.density(grid), grid)
+    assert cdf[-1].item() == pytest.approx(1, abs=1e-4)
+    n = 40_000
+    x = density.sample(n, torch.Generator().manual_seed(3)).double().sort().values
+    assert x.shape == (n,) and x.min() >= 0 and x.max() <= 1
+    at = torch.searchsorted(grid, x).clamp(1, len(cdf) - 1)
+    assert ks(x, cdf[at - 1]) < 1.63 / math.sqrt(n)  # the 1% point
+
+
+@pytest.mark.parametrize("s", [-1.0, 1.75, 2 / (math.pi - 2)])
+def test_mode_at_its_ends_integrates_in_u(s):
+    """pi_mode has poles there: int pi(t) dt = int pi(f(u)) |f'(u)| du."""
+    density, u = Mode(s), (torch.arange(2000, dtype=F64) + 0.5) / 2000
+    t = density.f(u)
+    mass = density.density(t) * derivative(density.f, u).abs()
+    close(mass, torch.ones_like(mass), 1e-3)
+    assert Mode(0).density(t).tolist() == pytest.approx([1] * 2000)
+
+
+def test_cosmap_gives_rf_the_cosine_log_snr():
+    u = inner(50)
+    t = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)  # (21) as printed
+    close(rf.RectifiedFlow().log_snr(t), Cosine().log_snr(u), 1e-9)
+    close(CosMap().density(t), 1 / derivative(lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1), u), 1e-9)
+
+
+def test_densities_at_the_ends():
+    ends = torch.tensor([0.0, 1.0])
+    assert LogitNormal(1, 2.2).density(ends).tolist() == [0, 0]
+    assert CosMap().density(ends).tolist() == pytest.approx([2 / math.pi] * 2)
+
+
+# ---- names
+
+
+def test_the_study_has_61_names_that_mean_what_they_say():
+    assert len(STUDY) == len(set(STUDY)) == 61
+    assert all(formulation(name).name == name for name in STUDY)
+    assert formulation("rf/mode(1.29)").density.s == 1.29
+    f = formulation("rf/lognorm(-0.50,2.20)")
+    assert (f.density.m, f.density.s, type(f.path)) == (-0.5, 2.2, rf.RectifiedFlow)
+    assert formulation("edm(-1.20,0.60)").path.P_m == -1.2 and formulation("edm(-1.20,0.60)").path.P_s == 0.6
+    close(formulation("edm/cos").path.log_snr(inner(20)), Cosine().log_snr(inner(20)), 1e-9)
+    close(formulation("edm/rf").path.log_snr(inner(20)), rf.RectifiedFlow().log_snr(inner(20)), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("ref", "unknown formulation 'ref'; choose from rf, rf/lognorm"),
+        ("rf/lognorm(0)", "unknown formulation 'rf/lognorm(0)'; choose from rf, rf/lognorm\\(m,s\\)"),
+        ("rf/lognorm(0,x)", "must be numbers"),
+        ("rf/lognorm(0,0)", "s > 0"),
+        ("rf/lognorm(nan,1)", "finite m"),
+        ("rf/mode(3)", "-1 <= s <= .*1.7519, got s = 3"),
+        ("rf/mode(nan)", "monotone"),
+        ("edm(0,-1)", "P_s > 0"),
+        ("rf(1)", "unknown formulation"),
+        ("", "unknown formulation"),
+    ],
+)
+def test_bad_names_say_what_is_good(name, says):
+    with pytest.raises(ValueError, match=says.replace("'rf/lognorm(0)'", "'rf/lognorm\\(0\\)'")):
+        formulation(name)
+
+
+# ---- the exact network in every formulation: ends, velocity, rectified, sample
+
+
+def exact_network(f, m):
+    """The conditional expectation of the target, from the network's own input."""
+
+    def network(z_in, t):
+        z = z_in / f.path.c_in(t).reshape(-1, 1)
+        return f.pair(*m.ends(z, t, f.path), t)[1]
+
+    return network
+
+
+@every_formulation
+def test_exact_network_gives_exact_ends_velocity_and_rectified_field(name):
+    f, m = formulation(name), mixture()
+    network, path = exact_network(f, m), f.path
+    g = torch.Generator().manual_seed(0)
+    n = 400
+    t = path.t_min + (path.t_max - path.t_min) * torch.rand(n, dtype=F64, generator=g)
+    z = path.interpolate(m.sample(n, g)[0].double(), torch.randn(n, 2, dtype=F64, generator=g), t)
+    for got, exact in zip(f.ends(network)(z, t), m.ends(z, t, path), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(f.velocity(network)(z, t), m.velocity(z, t, path), rtol=1e-6, atol=1e-6)
+    a, b, _, _ = path.coefficients(t)
+    z_rf, t_rf = z / (a + b)[:, None], b / (a + b)
+    exact = m.velocity(z_rf, t_rf, rf.RectifiedFlow())
+    torch.testing.assert_close(f.rectified(network)(z_rf, t_rf), exact, rtol=1e-6, atol=1e-6)
+
+
+@every_formulation
+def test_sample_of_the_exact_network_lands_on_the_mixture(name):
+    """The components' shares, means and covariances, within 5 standard errors and the error of 100 steps.
+
+    Sampling ends with x0_hat at the last time's noise level s = b/a, and so with the covariance C (C + s^2)^-1 C:
+    the true C but for the EDM variants that never see little noise. Where the noise at t_max is not pure, the
+    shares are biased: what the paper complains of in the linear schedules.
+    """
+    C = torch.tensor([[0.05, 0.02], [0.02, 0.1]], dtype=F64)
+    f, m, n = formulation(name), GaussianMixture([[1, 0.5], [-1, -0.5]], [C.tolist()] * 2, [1, 3]), 1000
+    noise = torch.randn(n, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x = f.sample(exact_network(f, m), noise, steps=100)
+    impure = (f.path.a(f.path.t_max) / f.path.b(f.path.t_max)).item()
+    last = f.path.grid(100)[-2]
+    shrunk = C @ torch.linalg.inv(C + (f.path.b(last) / f.path.a(last)) ** 2 * torch.eye(2)) @ C
+    right = x[:, 0] > 0
+    assert right.double().mean().item() == pytest.approx(0.25, abs=0.06 + 0.3 * impure)
+    for mean, part in ((m.means[0], x[right]), (m.means[1], x[~right])):
+        assert (part.mean(0) - mean).abs().max() < 5 * (0.1 / len(part)) ** 0.5 + 0.02
+        assert (torch.cov(part.T) - shrunk).abs().max() < 5 * 0.1 * (2 / len(part)) ** 0.5 + 0.01
+
+
+@every_formulation
+def test_one_plane_step_is_exact_for_a_point_mass(name):
+    f, x0 = formulation(name), torch.tensor([[0.3, -0.7]], dtype=F64)
+    noise = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def network(z_in, t):
+        z = z_in / f.path.c_in(t)[:, None]
+        a, b, _, _ = (c[:, None] for c in f.path.coefficients(t))
+        return f.pair(x0.expand(len(z), 2), (z - a * x0) / b, t)[1]
+
+    for steps in (1, 3):
+        torch.testing.assert_close(f.sample(network, noise, steps=steps), x0.expand(5, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_one_euler_step_is_exact_for_a_point_mass_on_rf():
+    x0, z = torch.tensor([[2.0, -1.0]]), torch.randn(4, 2)
+    v = rf.RectifiedFlow()
+    velocity = lambda z, t: v.conditional_velocity(z * 0.999 + x0 * 0.001, z, torch.full((4,), 0.999))  # noqa: E731
+    torch.testing.assert_close(solve(lambda z, t: z - x0, z, steps=1), x0.expand(4, 2))
+    torch.testing.assert_close(solve(velocity, z, steps=1), x0.expand(4, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_plane_step_is_ddim_and_euler():
+    """One plane step of rf is Euler in t; of edm, Euler in sigma; of eps/linear, DDIM as published."""
+    z, o = torch.randn(2, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    times = [0.9, 0.5, 0.2]  # the last step returns x0_hat: look at the z it starts from
+    seen = {}
+    for name in ("rf", "edm(0.00,1.20)", "eps/linear"):
+        f, zs = formulation(name), []
+        f.sample(lambda z, t: (zs.append(z / f.path.c_in(t)[:, None]), o)[1], z, steps=2, times=times)  # noqa: B023
+        seen[name] = zs
+    close(seen["rf"][1], 0.9 * z + (0.5 - 0.9) * o)
+    path = EDM(0, 1.2)
+    s, e = path.b(torch.tensor(0.9, dtype=F64)), path.b(torch.tensor(0.5, dtype=F64))
+    d = (1 / (s**2 + 0.25)).sqrt()
+    D = 0.25 * d**2 * s * z + s * 0.5 * d * o
+    close(seen["edm(0.00,1.20)"][1], s * z + (e - s) * (s * z - D) / s)
+    ldm = rf.LDMLinear()
+    (a, a2), (b, b2) = ldm.a(torch.tensor(times[:2], dtype=F64)), ldm.b(torch.tensor(times[:2], dtype=F64))
+    close(seen["eps/linear"][1], a2 * (b * z - b * o) / a + b2 * o)
+
+
+def test_default_grids():
+    for name in STUDY:
+        f = formulation(name)
+        grid = f.path.grid(10)
+        assert grid.shape == (11,) and (grid.diff() < 0).all()
+        assert grid[0].item() == pytest.approx(f.path.t_max) and grid[-1].item() == pytest.approx(f.path.t_min)
+        if not name.startswith("edm("):
+            close(grid.diff(), grid.diff().mean().expand(10))
+    path = EDM()
+    sigma = path.b(path.grid(6)) ** (1 / 7)  # Karras: uniform in sigma^(1/7)
+    close(sigma.diff(), sigma.diff().mean().expand(6), 1e-7)
+
+
+# ---- (1): solvers
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
+def test_solvers_show_their_order(method, order):
+    """The log-log slope of the error on the exact field, from t = 1 to 0.2."""
+    m = mixture()
+    field = m.field(rf.RectifiedFlow())
+    z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    run = lambda steps, method: solve(field, z, steps=steps, t_end=0.2, method=method)  # noqa: E731
+    truth = run(800, "rk4")
+    steps = torch.tensor([40, 80, 160])
+    errors = torch.stack([(run(int(n), method) - truth).norm() for n in steps])
+    slope = -(errors[-1] / errors[0]).log() / (steps[-1] / steps[0]).log()
+    assert slope.item() == pytest.approx(order, abs=0.25)
+
+
+def test_solve_evaluates_once_a_stage_and_at_the_right_times():
+    for method, expected in (("euler", [1, 0.5]), ("heun", [1, 0.5, 0.5, 0]), ("rk4", [1, 0.75, 0.75, 0.5] + [0.5, 0.25, 0.25, 0])):
+        seen = []
+        solve(lambda z, t: (seen.append(t.tolist()), z)[1], torch.ones(2, 1), steps=2, method=method)  # noqa: B023
+        assert seen == [[t] * 2 for t in expected]
+
+
+def test_solve_takes_times_and_an_interval_per_sample():
+    field = lambda z, t: torch.cos(t)[:, None] * torch.ones_like(z)  # noqa: E731
+    z = torch.zeros(3, 1, dtype=F64)
+    start, end = torch.tensor([1.0, 0.5, 0.7], dtype=F64), torch.tensor([0.0, 0.25, 0.7], dtype=F64)
+    close(solve(field, z, steps=20, t_start=start, t_end=end, method="rk4")[:, 0], end.sin() - start.sin(), 1e-8)
+    close(solve(field, z, steps=2, times=[1, 0.3, 0], method="euler")[:, 0], torch.full((3,), -0.7 * math.cos(1) - 0.3 * math.cos(0.3), dtype=F64))
+    with pytest.raises(ValueError, match="unknown solver 'rk5'; choose from euler, heun, rk4"):
+        solve(field, z, steps=1, method="rk5")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        solve(field, z, steps=0)
+    with pytest.raises(ValueError, match="3 times, got 2"):
+        solve(field, z, steps=2, times=[1, 0])
+
+
+def test_solve_never_scales_and_keeps_dtype():
+    z = torch.randn(4, 3, 2)
+    assert solve(lambda z, t: 0 * z, z, steps=3) is not z
+    assert solve(lambda z, t: 0 * z, z, steps=3).equal(z)
+
+
+def test_guidance_is_one_doubled_batch():
+    calls = []
+
+    def field(z, t, label, context):
+        calls.append(len(z))
+        return z * label[:, None] + context.sum((1, 2))[:, None]
+
+    z, t = torch.randn(3, 2), torch.rand(3)
+    label, context = torch.tensor([1, 2, 3]), torch.randn(3, 4, 5)
+    null = (torch.tensor(7), torch.zeros(4, 5))
+    got = rf.guide(field, null, 2.5)(z, t, label, context)
+    cond, uncond = field(z, t, label, context), field(z, t, torch.full((3,), 7), torch.zeros(3, 4, 5))
+    torch.testing.assert_close(got, uncond + 2.5 * (cond - uncond))
+    assert calls == [6, 3, 3]
+    assert rf.guide(field, null, 1) is field

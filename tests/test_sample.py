@@ -1,0 +1,64 @@
+"""From a checkpoint to samples: the notebook's three lines and the command."""
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from rf import solve
+from test_train import assert_one_line, finished, in_process, run  # noqa: F401
+from toy2d import Image
+
+
+@pytest.fixture
+def sampler(finished):  # noqa: F811
+    return sample.load(finished[0] / "checkpoint.pt")
+
+
+def test_load_gives_the_ema_weights(finished, sampler):  # noqa: F811
+    checkpoint = sample.read_checkpoint(finished[0] / "checkpoint.pt")
+    assert all(v.equal(checkpoint["ema"][k]) for k, v in sampler.network.state_dict().items())
+    assert sampler.step == 450 and sampler.config["formulation"] == "rf"
+
+
+def test_sampler_methods_agree_with_solve(sampler):
+    noise, label = torch.randn(20, 2), torch.arange(20) % 8
+    for method in ("euler", "heun", "rk4"):
+        x0 = sampler.sample(noise, label, steps=12, method=method)
+        direct = solve(sampler.velocity, noise, label, steps=12, method=method)
+        torch.testing.assert_close(x0, direct, rtol=1e-3, atol=1e-4)
+    guided = sampler.sample(noise, label, steps=4, cfg=3.0)
+    assert not torch.allclose(guided, sampler.sample(noise, label, steps=4))
+    null = torch.full((20,), 8)
+    torch.testing.assert_close(sampler.sample(noise, label, steps=4, cfg=0.0), sampler.sample(noise, null, steps=4))
+
+
+def test_command_writes_png_and_npz(finished, tmp_path):  # noqa: F811
+    checkpoint = finished[0] / "checkpoint.pt"
+    for out, flags in (("a.png", ["--solver", "heun"]), ("b.npz", ["--label", "2", "--cfg", "2", "--seed", "5"])):
+        done = run(checkpoint, "--num", 200, "--steps", 8, "--out", tmp_path / out, *flags, script="sample.py")
+        assert done.returncode == 0, done.stderr
+        assert "energy distance" in done.stdout and "exact field" in done.stdout and out in done.stdout
+    assert Image.open(tmp_path / "a.png").size[0] > 400
+    arrays = np.load(tmp_path / "b.npz", allow_pickle=False)
+    assert arrays["arr_0"].shape == (200, 2) and (arrays["arr_1"] == 2).all()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--solver", "rk5"], "'rk5'; choose from euler, heun, rk4"),
+        (["--label", "8"], "--label 8 is out of range; choose from 0 to 7"),
+        (["--label", "-1"], "--label -1 is out of range"),
+        (["--steps", "0"], "at least 1"),
+        (["--num", "0"], "at least 1"),
+        (["--out", "x.jpg"], "must end in .png or .npz"),
+        (["--out", "/proc/nowhere/x.png"], "/proc/nowhere"),
+        (["--device", "cuda:9"], "'cuda:9'"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input(finished, tmp_path, monkeypatch, capsys, flags, says):  # noqa: F811
+    done = in_process(sample.main, [finished[0] / "checkpoint.pt", *flags], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, says)
+    assert list(tmp_path.iterdir()) == []

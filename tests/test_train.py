@@ -1,0 +1,338 @@
+"""The loop: what a run draws, that it resumes bit for bit, survives kills, and answers bad input in one line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from rf import formulation
+from sample import read_checkpoint
+from test_rf import every_formulation
+from toy2d import MLP, load_mixture
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--steps", "450", "--batch-size", "32"]
+
+
+def command(*args, script="train.py"):
+    return [sys.executable, str(ROOT / script), *map(str, args)]
+
+
+def run(*args, script="train.py", **kwargs):
+    return subprocess.run(command(*args, script=script), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def same(a, b):
+    """Equal to the bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def small_config(**changes):
+    config = {**train.PRESETS["toy2d"], "dataset": "toy2d", "conditional": False, "seed": 0, "batch_size": 32}
+    return {**config, "mixture": load_mixture("ring").spec(), "steps": 300, **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole conditional run, as a user would start it, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = run("--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_everything(finished):
+    out, done = finished
+    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "log.jsonl", "flow.png", "field.png", "flow.gif"}
+    for figure in ("relative excess", "energy distance", "total variation", "4 sigma", "next: python sample.py"):
+        assert figure in done.stdout
+    assert "loss=" in done.stderr and "excess=" in done.stderr  # the progress bar
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [100, 200, 300, 400, 450]
+    assert {"loss", "lr", "val_loss", "excess"} <= lines[-1].keys() and lines[-1]["loss"] < lines[0]["loss"]
+    checkpoint = read_checkpoint(out / "checkpoint.pt")
+    assert checkpoint.keys() == sample.CHECKPOINT_KEYS and checkpoint["step"] == 450
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, number):
+    """A signal saves and says how to resume; network, EMA, optimizer and log end as the uninterrupted run's."""
+    whole, _ = finished
+    out = tmp_path / "part"
+    flags = ["--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3]
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and f"--resume --out {out}" in stdout
+    step = read_checkpoint(out / "checkpoint.pt")["step"]
+    assert 0 < step <= 450 and f"saved step {step}" in stdout
+    with (out / "log.jsonl").open("a") as log:  # what a kill might leave behind: a later and a half line
+        log.write('{"step": 9000, "loss": 1}\n{"ste')
+    assert run("--resume", "--out", out).returncode == 0
+    assert same(read_checkpoint(out / "checkpoint.pt"), read_checkpoint(whole / "checkpoint.pt"))
+    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def kill_and_resume(tmp_path, kills):
+    """kill -9 at random moments (a save follows every log line here); afterwards the run ends as if never killed."""
+    script = tmp_path / "often.py"
+    script.write_text(
+        "import train, toy2d\n"
+        "train.PRESETS['toy2d'].update(block=5, log_every=5, save_every=5, eval_every=50)\n"
+        "train.report = lambda *args: None\n"
+        "train.main()\n"
+    )
+    flags = ["--dataset", "toy2d", "--steps", 3000, "--batch-size", 16]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out, rng = tmp_path / "killed", random.Random(0)
+    for kill in range(kills):
+        args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
+        before = read_checkpoint(out / "checkpoint.pt")["step"] if kill else 0
+        process = subprocess.Popen([sys.executable, str(script), *map(str, args)], env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not ((out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["step"] > before):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert read_checkpoint(out / "checkpoint.pt")["step"] > before
+    for args in (["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]):
+        subprocess.run([sys.executable, str(script), *map(str, args)], env=environment, check=True, capture_output=True)
+    assert same(read_checkpoint(out / "checkpoint.pt"), read_checkpoint(tmp_path / "whole" / "checkpoint.pt"))
+    assert (out / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    assert not (out / "checkpoint.tmp").exists()
+
+
+def test_kill_9_loses_nothing(tmp_path):
+    kill_and_resume(tmp_path, 5)
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_20_times(tmp_path):
+    kill_and_resume(tmp_path, 20)
+
+
+def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.save(path, {"step": 1})
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train.save(path, {"step": 2})
+    assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# ---- the pieces
+
+
+def stream(config, start):
+    objective, mixture = formulation(config["formulation"]), load_mixture("ring")
+    network = sample.build(config)
+    return train.examples(config, objective, mixture, network.null_cond, start)
+
+
+def test_examples_are_a_function_of_seed_and_step():
+    config = small_config(conditional=True)
+    whole = stream(config, 0)
+    batches = [next(whole) for _ in range(60)]
+    for start in (1, 25, 37):
+        later = stream(config, start)
+        assert all(same(next(later), batches[i]) for i in range(start, 60))
+    assert not same(batches[0], batches[1]) and not same(next(stream(small_config(seed=1, conditional=True), 0)), batches[0])
+    assert [len(x) for x in batches[0]] == [32] * 4
+
+
+def test_labels_are_dropped_at_their_rate():
+    labels = torch.zeros(50_000).long()
+    (dropped,) = train.drop([labels], (torch.tensor(8),), 0.1, train.seeded(0))
+    assert ((dropped == 8).double().mean().item() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
+    assert set(dropped.unique().tolist()) == {0, 8}
+
+
+def test_seeds_do_not_collide():
+    seeds = {train.seeded(s, n).initial_seed() for s in range(50) for n in range(50)}
+    assert len(seeds) == 2500
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = small_config(steps=1000, warmup=100, lr=2.0)
+    assert train.learning_rate(config, 0) == pytest.approx(0.02) and train.learning_rate(config, 500) == pytest.approx(1)
+    assert train.learning_rate(config, 999) < 1e-5
+    assert train.learning_rate({**config, "decay": False}, 999) == 2
+
+
+def test_update_is_adam_on_8_with_ema():
+    """Against a plain autograd + non-fused Adam step, and the EMA's recursion."""
+    config = small_config(ema=[0.9, 2], warmup=1, decay=False, lr=1e-2)
+    torch.manual_seed(0)
+    network, plain = MLP(), MLP()
+    plain.load_state_dict(network.state_dict())
+    ema = [p.detach().clone() for p in network.parameters()]
+    expected = [e.clone() for e in ema]
+    optimizer = train.make_optimizer(network, config)
+    reference = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    batches = stream(config, 0)
+    for step in range(4):
+        z, t, target = next(batches)
+        loss = train.update(network, ema, optimizer, config, step, (z, t, target))
+        reference.zero_grad()
+        direct = ((plain(z, t) - target) ** 2).mean()
+        direct.backward()
+        reference.step()
+        assert loss.item() == pytest.approx(direct.item(), rel=1e-5)
+        if step % 2:
+            n = (step + 1) // 2
+            decay = min(0.9, (1 + n) / (10 + n))
+            expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, plain.parameters(), strict=True)]
+    for ours, theirs in zip([*network.parameters(), *ema], [*plain.parameters(), *expected], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@every_formulation
+def test_every_formulation_trains_200_steps(name):
+    config = small_config(formulation=name, steps=200, warmup=20, batch_size=64)
+    torch.manual_seed(0)
+    network, objective = MLP(), formulation(name)
+    ema, optimizer = [p.detach().clone() for p in network.parameters()], train.make_optimizer(network, config)
+    batches = stream(config, 0)
+    losses = torch.stack([train.update(network, ema, optimizer, config, step, next(batches)) for step in range(200)])
+    assert losses.isfinite().all() and losses[-50:].mean() < losses[:10].mean()
+    x0 = load_mixture("ring").sample(64, train.seeded(0))[0]
+    assert train.validation_loss(network, objective, x0) < 3
+
+
+def test_validation_loss_is_at_the_8_midpoints():
+    seen = []
+    network = lambda z, t: (seen.append(t), z)[1]  # noqa: E731
+    train.validation_loss(network, formulation("rf"), torch.zeros(3, 2))
+    assert seen[0].unique().tolist() == [(i + 0.5) / 8 for i in range(8)] and len(seen[0]) == 24
+
+
+# ---- bad input: status 2 and one line that names the value and the choices
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def write_damaged(folder: Path, whole: Path) -> dict[str, Path]:
+    import pickle
+
+    files = {name: folder / f"{name}.pt" for name in ("truncated", "text", "empty", "bomb", "list", "other", "config")}
+    files["truncated"].write_bytes(whole.read_bytes()[:-2000])
+    files["text"].write_text("hello")
+    files["empty"].write_bytes(b"")
+    files["bomb"].write_bytes(pickle.dumps(Bomb()))
+    torch.save([1, 2], files["list"])
+    checkpoint = torch.load(whole)
+    torch.save({**checkpoint, "ema": {"weight": torch.zeros(1)}}, files["other"])
+    torch.save({**checkpoint, "config": {}}, files["config"])
+    return files
+
+
+def assert_one_line(done, *says):
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "error: " in done.stderr
+    for text in says:
+        assert text in done.stderr
+
+
+BAD_TRAIN = [
+    (["--dataset", "mnist"], ["'mnist'", "toy2d"]),
+    (["--formulation", "ref"], ["'ref'", "rf/lognorm(m,s)"]),
+    (["--formulation", "rf/lognorm(0)"], ["'rf/lognorm(0)'", "rf/lognorm(m,s)"]),
+    (["--formulation", "rf/mode(3)"], ["1.7519", "s = 3"]),
+    (["--mixture", "rong"], ["'rong'", "ring, grid, spiral"]),
+    (["--mixture", "none.json"], ["none.json", "No such file"]),
+    (["--steps", "0"], ["--steps", "at least 1"]),
+    (["--steps", "-5"], ["--steps", "at least 1"]),
+    (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--lr", "-1"], ["--lr -1"]),
+    (["--device", "tpu9"], ["'tpu9'", "cpu"]),
+    (["--device", "cuda:77"], ["'cuda:77'", "cpu"]),
+    (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
+    (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+]
+
+
+def in_process(main, args, tmp_path, monkeypatch, capsys):
+    """The command's main() with these arguments: as a process would answer, without the seconds of imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return subprocess.CompletedProcess(args, stopped.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("args, says", BAD_TRAIN, ids=lambda x: " ".join(x))
+def test_bad_input_to_train(args, says, tmp_path, monkeypatch, capsys):
+    assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), *says)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_bad_input_as_a_real_process(tmp_path):
+    assert_one_line(run("--dataset", "mnist", cwd=tmp_path), "'mnist'")
+    assert_one_line(run("none.pt", script="sample.py", cwd=tmp_path), "none.pt", "No such file")
+
+
+def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, capsys):
+    out, _ = finished
+    before = (out / "checkpoint.pt").read_bytes()
+    for args, says in (
+        (["--out", out], "holds a run already"),
+        (["--resume", "--out", out, "--lr", "0.5"], "--lr 0.5 differs"),
+        (["--resume", "--out", out, "--mixture", "grid"], "--mixture grid differs"),
+    ):
+        assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), says)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
+    says = {"other": "another network", "config": "lacks", "list": "not one of this project's"}
+    for name, file in write_damaged(tmp_path, finished[0] / "checkpoint.pt").items():
+        done = in_process(sample.main, [file], tmp_path, monkeypatch, capsys)
+        assert_one_line(done, file.name, says.get(name, "damaged or no checkpoint"))
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "samples.png").exists()
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    update = train.update
+    poison = lambda *args: update(*args) * (float("nan") if args[4] == 137 else 1)  # noqa: E731
+    monkeypatch.setattr(train, "update", poison)
+    monkeypatch.setitem(train.PRESETS["toy2d"], "save_every", 100)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    done = in_process(train.main, [*SHORT, "--out", tmp_path / "run"], tmp_path, monkeypatch, capsys)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert "the loss of step 138 is not finite" in str(done.returncode) and "step 100 is kept" in str(done.returncode)
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 100
+
+
+def test_numbered_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = lambda *args: train.configure(train.make_parser().parse_args(args))[1]  # noqa: E731
+    assert out() == Path("runs/toy2d")
+    Path("runs/toy2d").mkdir(parents=True)
+    (Path("runs/toy2d") / "checkpoint.pt").touch()
+    assert out() == Path("runs/toy2d-2")
