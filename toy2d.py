@@ -161,11 +161,11 @@ def load_mixture(name: str) -> GaussianMixture:
 class MLP(nn.Module):
     """Three hidden layers of 64: forward(z (B,2), t (B,)[, labels (B,)]) -> (B,2).
 
-    t enters as sin and cos of pi k t, k = 1..4; z times 6, so that the first layer resolves the modes. With
+    t enters as sin and cos of pi k t, k = 1..3; z times 6, so that the first layer resolves the modes. With
     `classes` > 0 a learned vector per class, and one for the null label `classes`, joins the first layer.
     """
 
-    def __init__(self, classes: int = 0, width: int = 64, frequencies: int = 4):
+    def __init__(self, classes: int = 0, width: int = 64, frequencies: int = 3):
         super().__init__()
         self.null_cond = (torch.tensor(classes),) if classes else ()
         self.register_buffer("omega", math.pi * torch.arange(1, frequencies + 1), persistent=False)
@@ -176,8 +176,8 @@ class MLP(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
-        angle = t[:, None] * self.omega  # (B,4)
-        h = self.input(torch.cat([6 * z, angle.sin(), angle.cos()], dim=1))  # (B,10) -> (B,64)
+        angle = t[:, None] * self.omega  # (B,3)
+        h = self.input(torch.cat([6 * z, angle.sin(), angle.cos()], dim=1))  # (B,8) -> (B,64)
         return self.body(h + self.label(*labels) if labels else h)
 
 

@@ -1,3 +1,19 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One whole conditional run on the toy, as a user would start it: its folder, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    script = Path(__file__).parent.parent / "train.py"
+    flags = f"--dataset toy2d --conditional --steps 450 --batch-size 32 --seed 3 --out {out}"
+    done = subprocess.run([sys.executable, script, *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done

@@ -6,16 +6,16 @@ import torch
 
 import sample
 from rf import solve
-from test_train import assert_one_line, finished, in_process, run  # noqa: F401
+from test_train import assert_one_line, in_process, run
 from toy2d import Image
 
 
 @pytest.fixture
-def sampler(finished):  # noqa: F811
+def sampler(finished):
     return sample.load(finished[0] / "checkpoint.pt")
 
 
-def test_load_gives_the_ema_weights(finished, sampler):  # noqa: F811
+def test_load_gives_the_ema_weights(finished, sampler):
     checkpoint = sample.read_checkpoint(finished[0] / "checkpoint.pt")
     assert all(v.equal(checkpoint["ema"][k]) for k, v in sampler.network.state_dict().items())
     assert sampler.step == 450 and sampler.config["formulation"] == "rf"
@@ -33,7 +33,7 @@ def test_sampler_methods_agree_with_solve(sampler):
     torch.testing.assert_close(sampler.sample(noise, label, steps=4, cfg=0.0), sampler.sample(noise, null, steps=4))
 
 
-def test_command_writes_png_and_npz(finished, tmp_path):  # noqa: F811
+def test_command_writes_png_and_npz(finished, tmp_path):
     checkpoint = finished[0] / "checkpoint.pt"
     for out, flags in (("a.png", ["--solver", "heun"]), ("b.npz", ["--label", "2", "--cfg", "2", "--seed", "5"])):
         done = run(checkpoint, "--num", 200, "--steps", 8, "--out", tmp_path / out, *flags, script="sample.py")
@@ -58,7 +58,7 @@ def test_command_writes_png_and_npz(finished, tmp_path):  # noqa: F811
     ],
     ids=" ".join,
 )
-def test_bad_input(finished, tmp_path, monkeypatch, capsys, flags, says):  # noqa: F811
+def test_bad_input(finished, tmp_path, monkeypatch, capsys, flags, says):
     done = in_process(sample.main, [finished[0] / "checkpoint.pt", *flags], tmp_path, monkeypatch, capsys)
     assert_one_line(done, says)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The loop: what a run draws, that it resumes bit for bit, survives kills, and answers bad input in one line."""
 
+import copy
 import json
 import os
 import random
@@ -27,6 +28,14 @@ def command(*args, script="train.py"):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
+FAST = "import train; train.report = lambda *args: None; train.PRESETS['toy2d'].update(%s); train.main()"
+
+
+def fast_command(*args, changes=""):
+    """The same, changed in a preset and without the table and the pictures at the end."""
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {FAST % changes}", *map(str, args)]
+
+
 def run(*args, script="train.py", **kwargs):
     return subprocess.run(command(*args, script=script), capture_output=True, text=True, timeout=300, **kwargs)
 
@@ -43,15 +52,6 @@ def same(a, b):
 def small_config(**changes):
     config = {**train.PRESETS["toy2d"], "dataset": "toy2d", "conditional": False, "seed": 0, "batch_size": 32}
     return {**config, "mixture": load_mixture("ring").spec(), "steps": 300, **changes}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One whole conditional run, as a user would start it, and what it printed."""
-    out = tmp_path_factory.mktemp("run") / "whole"
-    done = run("--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3)
-    assert done.returncode == 0, done.stderr
-    return out, done
 
 
 def test_a_run_leaves_everything(finished):
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, number):
     whole, _ = finished
     out = tmp_path / "part"
     flags = ["--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3]
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(fast_command(*flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.01)
     process.send_signal(number)
@@ -83,27 +83,20 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, number):
     assert 0 < step <= 450 and f"saved step {step}" in stdout
     with (out / "log.jsonl").open("a") as log:  # what a kill might leave behind: a later and a half line
         log.write('{"step": 9000, "loss": 1}\n{"ste')
-    assert run("--resume", "--out", out).returncode == 0
+    subprocess.run(fast_command("--resume", "--out", out), check=True, capture_output=True)
     assert same(read_checkpoint(out / "checkpoint.pt"), read_checkpoint(whole / "checkpoint.pt"))
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
 def kill_and_resume(tmp_path, kills):
     """kill -9 at random moments (a save follows every log line here); afterwards the run ends as if never killed."""
-    script = tmp_path / "often.py"
-    script.write_text(
-        "import train, toy2d\n"
-        "train.PRESETS['toy2d'].update(block=5, log_every=5, save_every=5, eval_every=50)\n"
-        "train.report = lambda *args: None\n"
-        "train.main()\n"
-    )
+    often = "block=5, log_every=5, save_every=5, eval_every=50"
     flags = ["--dataset", "toy2d", "--steps", 3000, "--batch-size", 16]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out, rng = tmp_path / "killed", random.Random(0)
     for kill in range(kills):
         args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
         before = read_checkpoint(out / "checkpoint.pt")["step"] if kill else 0
-        process = subprocess.Popen([sys.executable, str(script), *map(str, args)], env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(fast_command(*args, changes=often), stderr=subprocess.DEVNULL)
         while process.poll() is None and not ((out / "checkpoint.pt").exists() and read_checkpoint(out / "checkpoint.pt")["step"] > before):
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
@@ -111,7 +104,7 @@ def kill_and_resume(tmp_path, kills):
         process.wait()
         assert read_checkpoint(out / "checkpoint.pt")["step"] > before
     for args in (["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]):
-        subprocess.run([sys.executable, str(script), *map(str, args)], env=environment, check=True, capture_output=True)
+        subprocess.run(fast_command(*args, changes=often), check=True, capture_output=True)
     assert same(read_checkpoint(out / "checkpoint.pt"), read_checkpoint(tmp_path / "whole" / "checkpoint.pt"))
     assert (out / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
     assert not (out / "checkpoint.tmp").exists()
@@ -211,12 +204,14 @@ def test_every_formulation_trains_200_steps(name):
     config = small_config(formulation=name, steps=200, warmup=20, batch_size=64)
     torch.manual_seed(0)
     network, objective = MLP(), formulation(name)
+    before = copy.deepcopy(network)
     ema, optimizer = [p.detach().clone() for p in network.parameters()], train.make_optimizer(network, config)
     batches = stream(config, 0)
-    losses = torch.stack([train.update(network, ema, optimizer, config, step, next(batches)) for step in range(200)])
-    assert losses.isfinite().all() and losses[-50:].mean() < losses[:10].mean()
-    x0 = load_mixture("ring").sample(64, train.seeded(0))[0]
-    assert train.validation_loss(network, objective, x0) < 3
+    for step in range(200):
+        assert train.update(network, ema, optimizer, config, step, next(batches)).isfinite()
+    x0 = load_mixture("ring").sample(4096, train.seeded(0))[0]
+    loss = lambda network: objective.loss(network, x0, generator=train.seeded(1)).item()  # noqa: E731
+    assert loss(network) < loss(before)  # on the same t and noise
 
 
 def test_validation_loss_is_at_the_8_midpoints():
