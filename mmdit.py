@@ -1,6 +1,6 @@
-"""MM-DiT, the network of *Scaling Rectified Flow Transformers* (SD3, section 4), and its baseline DiT.
+"""MM-DiT, the network of *Scaling Rectified Flow Transformers* (SD3), section 4, and its rival DiT.
 
-Two modalities, each with its own weights, and one attention over both; adaLN-zero modulates blocks.
+Image and text tokens have their own weights and meet in one attention; t and c_vec act by adaLN.
 Names, shapes and function are the released SD3 checkpoint's: real weights load as they are.
 Time convention, here and everywhere: t = 0 is data, t = 1 is noise; 1000 t is formed in here.
 Read next: `train.py`, which trains it; `rf.py` says what its output means.
@@ -59,6 +59,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+class RMSNorm(nn.RMSNorm):
+    """QK-norm, over the 64 values of a head: in the weight's precision inside, in x's outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """One stream's weights of the joint attention: q, k, v before it, the projection after it."""
 
@@ -67,13 +74,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         if not pre_only:
             self.proj = nn.Linear(width, width)
-        self.ln_q = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = nn.RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,N,D) -> q, k, v, each (B,N,heads,64)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD)).unbind(2)  # (B,N,3D) -> (B,N,3,heads,64)
-        return self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype), v  # autocast's norm is float32
+        return self.ln_q(q), self.ln_k(k), v
 
 
 class StreamBlock(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class Path:
         """
         a, b, da, db = self.coefficients(expand(t, z))
         return da / a * z - (b * da / a - db) * eps
+
+    def shift(self, t: Tensor, s: float) -> Tensor:
+        """SD3 5.3.2: t_m = s t_n/(1 + (s - 1) t_n) on the RF path, s = sqrt(m/n); on any, lambda_m = lambda_n - 2 log s."""
+        return t if s == 1 else self.time(self.log_snr(t) - 2 * math.log(s))
 
     def grid(self, steps: int) -> Tensor:
         """The default times of a sampler with `steps` steps: (steps + 1,) float64, from t_max down to t_min."""
@@ -329,6 +333,7 @@ class Formulation:
     path: Path
     prediction: str
     density: Uniform | LogitNormal | Mode | CosMap = Uniform()
+    shift: float = 1.0  # resolution-dependent, of training's t and of sampling's grid alike
 
     def _plane(self, t: Tensor, like: Tensor) -> tuple[Tensor, ...]:
         """a, b, p, q, c_in at t (B,), each (B,1,...,1)."""
@@ -337,22 +342,28 @@ class Formulation:
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Training's t (n,) ~ pi, clamped into [t_min, t_max] (`torch.rand` does return 0)."""
-        return self.density.sample(n, generator).clamp(self.path.t_min, self.path.t_max)
+        t = self.path.shift(self.density.sample(n, generator), self.shift)
+        return t.clamp(self.path.t_min, self.path.t_max)
 
     def pair(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """A training example: the network's input c_in (a x0 + b eps) and its target p x0 + q eps, both (B,...)."""
         a, b, p, q, c_in = self._plane(t, x0)
         return c_in * (a * x0 + b * eps), p * x0 + q * eps
 
+    def examples(self, x0: Tensor, *cond: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """(z, t, target, *cond), with t ~ pi and eps ~ N(0, I) drawn: what one step of training needs."""
+        device = generator.device if generator else x0.device
+        t = self.draw(len(x0), generator).to(x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
+        z, target = self.pair(x0, eps, t)
+        return z, t, target, *cond
+
     def loss(self, network: Field, x0: Tensor, *cond: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(8), (11), (12) in one: E_{t ~ pi, eps} |network(c_in z_t, t) - target|^2, a scalar.
 
         The mean runs over batch and dimensions. What it weighs in the terms of L_w, `weight` tells.
         """
-        device = generator.device if generator else x0.device
-        t = self.draw(len(x0), generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(x0.device)
-        z, target = self.pair(x0, eps, t)
+        z, t, target, *cond = self.examples(x0, *cond, generator=generator)
         return (network(z, t, *cond) - target).square().mean()
 
     def weight(self, t: Tensor) -> Tensor:
@@ -364,7 +375,11 @@ class Formulation:
         t = at_least_float32(t)
         a, b, da, db = self.path.coefficients(t)
         p, q = PREDICTIONS[self.prediction](self.path, t)
-        return self.density.density(t) * (a * q - b * p) ** 2 * b / (a * (a * db - b * da))
+        pi = self.density.density(t)
+        if self.shift != 1:  # the density of the shifted t, by the change of variables
+            unshifted = self.path.shift(t, 1 / self.shift)
+            pi = self.density.density(unshifted) * self.path.dlog_snr(t) / self.path.dlog_snr(unshifted)
+        return pi * (a * q - b * p) ** 2 * b / (a * (a * db - b * da))
 
     def ends(self, network: Field) -> Callable[..., tuple[Tensor, Tensor]]:
         """What the output o means: f(z, t, *cond) = (x0_hat, eps_hat), both ends of the line through z.
@@ -412,9 +427,12 @@ class Formulation:
         """Standard noise (B,...) -> x0 (B,...) in `steps` evaluations, by the first-order step of the plane.
 
         z_s = a_s x0_hat + b_s eps_hat is Euler in t for rf, DDIM for variance-preserving paths, Euler in sigma for
-        EDM. The last step returns x0_hat. `times` (steps + 1, decreasing) replaces the path's default grid.
+        EDM. The last step returns x0_hat. `times` (steps + 1, decreasing) replaces the path's default grid (shifted).
         """
-        times = _grid(self.path.grid(_positive(steps)) if times is None else times, steps, noise)
+        if times is None:
+            times = self.path.shift(self.path.grid(_positive(steps)), self.shift)
+            times = times.clamp(self.path.t_min, self.path.t_max)
+        times = _grid(times, steps, noise)
         ends = self.ends(network)
         z = self.path.b(times[0]) * noise
         for i in range(steps):
@@ -449,8 +467,10 @@ STUDY: list[str] = [
 ]
 
 
-def formulation(name: str) -> Formulation:
+def formulation(name: str, shift: float = 1.0) -> Formulation:
     """A formulation by the paper's name, as in "rf/lognorm(0.00,1.00)". ValueError on an unknown name or value."""
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift must be a positive number, got {shift:g}")
     match = re.fullmatch(r"([a-z/]+)(?:\(([^()]*)\))?", name)
     arguments = match[2].split(",") if match and match[2] is not None else []
     for pattern, build in _FORMULATIONS.items():
@@ -460,7 +480,7 @@ def formulation(name: str) -> Formulation:
                 numbers = [float(argument) for argument in arguments]
             except ValueError:
                 raise ValueError(f"formulation {name!r}: the arguments of {pattern} must be numbers") from None
-            return Formulation(name, *build(*numbers))
+            return replace(Formulation(name, *build(*numbers)), shift=shift)
     raise ValueError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
 
 

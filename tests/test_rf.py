@@ -493,3 +493,29 @@ def test_guidance_is_one_doubled_batch():
     torch.testing.assert_close(got, uncond + 2.5 * (cond - uncond))
     assert calls == [6, 3, 3]
     assert rf.guide(field, null, 1) is field
+
+
+# ---- 5.3.2: the resolution-dependent shift
+
+
+@pytest.mark.parametrize("s", [1.0, 3.0, 0.5])
+def test_shift_is_5_3_2_and_applied_once(s):
+    t = torch.linspace(0, 1, 21, dtype=F64)
+    shifted = s * t / (1 + (s - 1) * t)
+    close(rf.RectifiedFlow().shift(t, s), shifted)
+    f = formulation("rf/lognorm(0.00,1.00)", shift=s)
+    draw = lambda f: f.draw(1000, torch.Generator().manual_seed(0)).double()  # noqa: E731
+    u = draw(formulation("rf/lognorm(0.00,1.00)"))
+    torch.testing.assert_close(draw(f), s * u / (1 + (s - 1) * u), rtol=1e-5, atol=1e-6)
+    seen = []
+    f.sample(lambda z, t: (seen.append(t[0].item()), z)[1], torch.ones(2, 2, dtype=F64), steps=20)
+    close(torch.tensor(seen, dtype=F64), shifted.flip(0)[:-1])
+
+
+def test_shifted_weight_holds_the_shifted_density():
+    """(18) with the density of sigmoid(u + log s), u ~ N(m, 1): a logit-normal with mean m + log s."""
+    t = inner(50)
+    shifted = formulation("rf/lognorm(0.50,1.00)", shift=3.0)
+    close(shifted.weight(t), t / (1 - t) * LogitNormal(0.5 + math.log(3), 1).density(t), 1e-8)
+    with pytest.raises(ValueError, match="positive number, got -1"):
+        formulation("rf", shift=-1)
