@@ -2,8 +2,9 @@
 
     python sample.py runs/toy2d/checkpoint.pt --num 5000 --steps 20 --out samples.png
 
-A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is ever executed.
-Sampling integrates from t = 1 (noise) down to t = 0 (data). In a notebook, three lines are enough:
+A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is ever
+executed. Sampling integrates from t = 1 (noise) down to t = 0 (data). In a notebook, three lines
+are enough:
 
     sampler = sample.load("runs/toy2d/checkpoint.pt")
     x0 = sampler.sample(torch.randn(1000, 2), steps=50)
@@ -15,21 +16,55 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 
+import data
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import toy2d
-from rf import SOLVERS, Field, Formulation, formulation, guide, solve
+from mmdit import ClassMMDiT, MMDiT
+from rf import SOLVERS, Field, Formulation, RectifiedFlow, formulation, guide, solve
+
+
+def open_dataset(config: dict):
+    """The mixture, or the images or latents in the folder config["data"]."""
+    if config["dataset"] == "toy2d":
+        return toy2d.GaussianMixture(**config["mixture"])
+    if not config["data"]:
+        raise ValueError(f"--dataset {config['dataset']} needs --data DIR")
+    return (data.Cifar10 if config["dataset"] == "cifar10" else data.Latents)(config["data"])
 
 
 def build(config: dict) -> nn.Module:
-    """The network that a configuration describes, freshly initialised; `null_cond` is its null condition."""
-    return toy2d.MLP(classes=len(config["mixture"]["weights"]) if config["conditional"] else 0)
+    """The network that a configuration describes, freshly initialised; `null_cond` is its null
+    condition.
+    """
+    if config["dataset"] == "toy2d":
+        classes = len(config["mixture"]["weights"]) if config["conditional"] else 0
+        if config["network"] == "mlp":
+            return toy2d.MLP(classes)
+        return ClassMMDiT(
+            classes, config["depth"], in_channels=2, patch_size=1, pos_embed_max_size=1, tokens=1
+        )
+    spec = config["spec"]
+    channels, *size = spec["shape"]
+    if size[0] % 2 or size[1] % 2:
+        raise ValueError(f"latents of {size[0]} x {size[1]} do not divide into patches of 2 x 2")
+    shape = dict(
+        depth=config["depth"], in_channels=channels, patch_size=2, pos_embed_max_size=max(size) // 2
+    )
+    if spec["classes"]:
+        return ClassMMDiT(spec["classes"], **shape, qk_norm=True)
+    context, pooled = spec["context"], spec["pooled"]
+    network = MMDiT(**shape, context_dim=context[-1], pooled_dim=pooled[-1], qk_norm=True)
+    network.null_cond = (torch.zeros(context), torch.zeros(pooled))
+    return network
 
 
 @dataclass
@@ -42,37 +77,65 @@ class Sampler:
     step: int
 
     @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
     def velocity(self) -> Field:
-        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it was trained to predict."""
+        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it was trained
+        to predict.
+        """
         return self.formulation.rectified(self.network)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, *cond: Tensor, steps: int, method: str = "euler", cfg: float = 1.0) -> Tensor:
+    def sample(
+        self, noise: Tensor, *cond: Tensor, steps: int, method: str = "euler", cfg: float = 1.0
+    ) -> Tensor:
         """Standard noise (B,...) -> x0 (B,...). ValueError on an unknown method or steps < 1.
 
-        euler is the formulation's own first-order step on its own grid (DDIM for variance-preserving paths); heun
-        and rk4 solve `velocity`. cfg is the scale of classifier-free guidance, 1 is off.
+        euler is the formulation's own first-order step on its own grid (DDIM for
+        variance-preserving paths); heun and rk4 solve `velocity`. cfg is the scale of
+        classifier-free guidance, 1 is off.
         """
         network = guide(self.network, self.network.null_cond, cfg)
-        if method == "euler":
-            return self.formulation.sample(network, noise, *cond, steps=steps)
-        return solve(self.formulation.rectified(network), noise, *cond, steps=steps, method=method)
+        with torch.autocast(
+            noise.device.type, torch.bfloat16, enabled=self.config["precision"] == "bf16"
+        ):
+            if method == "euler":
+                return self.formulation.sample(network, noise, *cond, steps=steps)
+            path = RectifiedFlow()
+            times = path.shift(path.grid(steps), self.formulation.shift)
+            return solve(
+                self.formulation.rectified(network),
+                noise,
+                *cond,
+                steps=steps,
+                times=times,
+                method=method,
+            )
 
 
 CHECKPOINT_KEYS = {"config", "step", "network", "ema", "optimizer"}
 
 
 def read_checkpoint(path: str | File) -> dict:
-    """The checkpoint's dict, on the CPU. ValueError, in one line, on anything that is not a whole checkpoint."""
+    """The checkpoint's dict, on the CPU.
+
+    ValueError, in one line, on anything that is not a whole checkpoint.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:  # torch.load raises many kinds on damaged files, and on pickles it refuses to run
+    except (
+        Exception
+    ) as error:  # torch.load raises many kinds on damaged files, and on pickles it refuses to run
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"checkpoint {path} is damaged or no checkpoint: {reason[:120]}") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
-        raise ValueError(f"checkpoint {path} is not one of this project's: it needs {', '.join(sorted(CHECKPOINT_KEYS))}")
+        raise ValueError(
+            f"checkpoint {path} is not one of this project: no {', '.join(sorted(CHECKPOINT_KEYS))}"
+        )
     return checkpoint
 
 
@@ -86,19 +149,27 @@ def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
 
 
 def load(path: str | File, device: str = "cpu") -> Sampler:
-    """A Sampler from a checkpoint, with EMA weights. ValueError where it is missing, damaged or no checkpoint."""
+    """A Sampler from a checkpoint, with EMA weights.
+
+    ValueError where it is missing, damaged or no checkpoint.
+    """
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
     try:
         network = build(config)
-        formula = formulation(config["formulation"])
+        formula = formulation(config["formulation"], config["shift"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path}: its configuration lacks {error}") from None
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
-    return Sampler(network.to(check_device(device)).eval().requires_grad_(False), formula, config, checkpoint["step"])
+    return Sampler(
+        network.to(check_device(device)).eval().requires_grad_(False),
+        formula,
+        config,
+        checkpoint["step"],
+    )
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line, and what all commands share
 
 
@@ -131,7 +202,11 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        there = (
+            ["cpu"]
+            + ["cuda"] * torch.cuda.is_available()
+            + ["mps"] * torch.backends.mps.is_available()
+        )
         raise ValueError(f"device {name!r} is not there; choose from {', '.join(there)}") from None
     return device
 
@@ -156,9 +231,17 @@ def sample_toy(sampler: Sampler, args: argparse.Namespace) -> None:
         else:
             raise ValueError(f"--label {args.label} is out of range; choose from 0 to {K - 1}")
     elif args.label is not None or args.cfg != 1:
-        raise ValueError("this checkpoint is unconditional: --label and --cfg need one trained with --conditional")
-    device = next(sampler.network.parameters()).device
-    x0 = sampler.sample(noise.to(device), *(c.to(device) for c in cond), steps=args.steps, method=args.solver, cfg=args.cfg)
+        raise ValueError(
+            "this model is unconditional: --label and --cfg need one trained with --conditional"
+        )
+    device = sampler.device
+    x0 = sampler.sample(
+        noise.to(device),
+        *(c.to(device) for c in cond),
+        steps=args.steps,
+        method=args.solver,
+        cfg=args.cfg,
+    )
     x0 = x0.cpu()
     if args.out.suffix == ".png":
         toy2d.draw_samples(x0, mixture, toy2d.hues(noise[:2000])).save(args.out)
@@ -167,22 +250,134 @@ def sample_toy(sampler: Sampler, args: argparse.Namespace) -> None:
     if args.num > 1:
         data, _ = mixture.sample(args.num, generator)
         labels = cond if args.label is None else ()
-        exact = mixture.field(toy2d.RectifiedFlow())
+        exact = mixture.field(RectifiedFlow())
         best = solve(exact, noise, *labels, steps=50, method="heun")
         print(toy2d.figures_table({"samples": x0, "exact field, same noise": best}, data, mixture))
     print(f"wrote {args.out}")
 
 
+def pictures(config: dict, x0: Tensor) -> np.ndarray | None:
+    """x0 (B,C,H,W) as uint8 (B,H,W,3); None for latents whose VAE is not to be had here."""
+    if config["dataset"] == "cifar10":
+        return data.to_uint8(x0)
+    try:
+        return data.decode(x0, config["spec"]["meta"])
+    except ValueError as error:
+        print(f"not decoded: {error}")
+        return None
+
+
+def draw(
+    sampler: Sampler,
+    cond: Sequence[Tensor],
+    seed: int,
+    batch: int = 100,
+    progress: bool = False,
+    **how,
+) -> Tensor:
+    """Images or latents (n,C,H,W) in float32 on the CPU, one for each row of cond, in batches."""
+    n, out = len(cond[0]), []
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, *sampler.config["spec"]["shape"], generator=generator)
+    for rows in tqdm(torch.arange(n).split(batch), unit="batch", disable=not progress):
+        out.append(
+            sampler.sample(*(x[rows].to(sampler.device) for x in (noise, *cond)), **how)
+            .float()
+            .cpu()
+        )
+    return torch.cat(out)
+
+
+def draw_grid(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> Image.Image:
+    """Images (n,H,W,3) in rows of `columns`, small ones doubled, with a name before each row."""
+    n, h, w, _ = images.shape
+    zoom, gap = max(1, 64 // h), 2
+    left = 90 if names else 0
+    h, w = h * zoom + gap, w * zoom + gap
+    sheet = Image.new("RGB", (left + columns * w + gap, -(-n // columns) * h + gap), "white")
+    for i, image in enumerate(images):
+        at = (left + i % columns * w + gap, i // columns * h + gap)
+        sheet.paste(Image.fromarray(image).resize((w - gap, h - gap), Image.Resampling.NEAREST), at)
+    for i, name in enumerate(names):
+        ImageDraw.Draw(sheet).text(
+            (6, i * h + h // 2 - 8), name[:12], "black", ImageFont.load_default(14)
+        )
+    return sheet
+
+
+def class_rows(spec: dict, columns: int) -> tuple[tuple[Tensor], list[str]]:
+    """Labels for a grid, a row for each of the first ten classes, and their names."""
+    rows = min(10, spec["classes"])
+    names = spec["names"] or [str(i) for i in range(rows)]
+    return (torch.arange(rows).repeat_interleave(columns),), names[:rows]
+
+
+def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
+    """A labelled grid, or any number of samples in the ADM evaluator's layout: arr_0 uint8
+    (N,H,W,3), arr_1 labels.
+    """
+    config, columns, names = sampler.config, 10, []
+    spec = config["spec"]
+    if not spec["classes"]:
+        if args.label is not None:
+            raise ValueError("this model takes text, not labels: --label does not apply")
+        if args.data:
+            _, *cond = data.Latents(args.data).validation(args.num)
+            cond = [c[torch.arange(args.num) % len(c)].float() for c in cond]
+        else:
+            cond = [null.expand(args.num, *null.shape) for null in sampler.network.null_cond]
+    elif args.label is None:
+        labels = torch.arange(args.num) % spec["classes"]
+        if args.out.suffix == ".png":
+            labels = labels.sort().values
+            columns = max(1, args.num // spec["classes"])
+            names = class_rows(spec, 1)[1] if args.num % spec["classes"] == 0 else []
+        cond = (labels,)
+    elif 0 <= args.label < spec["classes"]:
+        cond = (torch.full((args.num,), args.label),)
+    else:
+        raise ValueError(
+            f"--label {args.label} is out of range; choose from 0 to {spec['classes'] - 1}"
+        )
+    x0 = draw(
+        sampler, cond, args.seed, progress=True, steps=args.steps, method=args.solver, cfg=args.cfg
+    )
+    images = pictures(config, x0)
+    if images is None:
+        args.out = args.out.with_suffix(".npz")  # latents, as they are
+    if args.out.suffix == ".npz":
+        np.savez(args.out, x0.numpy() if images is None else images, *(c.numpy() for c in cond))
+    else:
+        draw_grid(images, columns, names).save(args.out)
+    print(f"wrote {args.out}")
+
+
 def main() -> None:
-    parser = Parser(description="Draw samples from a checkpoint.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        description="Draw samples from a checkpoint.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("checkpoint", help="a checkpoint.pt that train.py wrote")
-    parser.add_argument("--num", type=positive, default=2000, help="number of samples")
-    parser.add_argument("--steps", type=positive, default=50, help="steps of the solver from t = 1 to 0")
+    parser.add_argument(
+        "--num", type=positive, help="number of samples (default: 2000 points or 100 images)"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=50, help="steps of the solver from t = 1 to 0"
+    )
     parser.add_argument("--solver", default="euler", help=f"one of {', '.join(SOLVERS)}")
-    parser.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is off")
-    parser.add_argument("--label", type=int, help="class of a conditional model; all classes if not given")
+    parser.add_argument(
+        "--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is off"
+    )
+    parser.add_argument(
+        "--label", type=int, help="class of a conditional model; all classes if not given"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise")
-    parser.add_argument("--out", type=File, default=File("samples.png"), help="a .png picture or an .npz of arrays")
+    parser.add_argument(
+        "--data", help="a folder of latents with text, whose held-out conditions are used"
+    )
+    parser.add_argument(
+        "--out", type=File, default=File("samples.png"), help="a .png picture or an .npz of arrays"
+    )
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     with parser.one_line_errors():
@@ -192,7 +387,9 @@ def main() -> None:
             raise ValueError(f"unknown solver {args.solver!r}; choose from {', '.join(SOLVERS)}")
         sampler = load(args.checkpoint, args.device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        sample_toy(sampler, args)
+        toy = sampler.config["dataset"] == "toy2d"
+        args.num = args.num or (2000 if toy else 100)
+        (sample_toy if toy else sample_images)(sampler, args)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""One training loop for every data set.
+"""One training loop for every data set and both objectives.
 
-    python train.py --dataset toy2d                     a minute on a CPU: a flow from noise to a ring
-    python train.py --resume --out runs/toy2d           go on where a run stopped
+    python train.py --dataset toy2d                            a minute on a CPU: from noise to a
+    ring python train.py --dataset cifar10 --data DIR               pictures; `python data.py
+    download` fetches them torchrun --nproc_per_node 8 train.py --dataset latents --data DIR
+    python train.py --resume --out runs/toy2d                  go on where a run stopped
 
-A run leaves OUT/checkpoint.pt, OUT/log.jsonl and its pictures. Everything drawn in a step comes from generators
-seeded by (seed, block of steps, micro-batch), so the step number is the only state of randomness: a resumed run
-equals the uninterrupted one bit for bit on a CPU. Time: t = 0 is data, t = 1 is noise.
-Read next: `rf.py` for what `formulation.pair` computes, `sample.py` for what is done with a checkpoint.
+A run leaves OUT/checkpoint.pt, OUT/log.jsonl and its pictures. Everything drawn in a step comes
+from generators seeded by (seed, step, micro-batch), the micro-batches of a step counted over ranks
+and accumulation alike, so the step number is the only state of randomness: a resumed run equals
+the uninterrupted one bit for bit on a CPU, and two ranks equal one that accumulates twice. Time: t
+= 0 is data, t = 1 is noise. Read next: `rf.py` for what `examples` computes, `sample.py` for what
+is done with a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -19,133 +24,266 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as File
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import sample
 import toy2d
 from rf import Formulation, formulation
-from sample import Parser, Sampler, build, check_device, default_device, load_weights, positive, read_checkpoint
+from sample import Parser, Sampler, check_device, default_device, positive
 
-# ----------------------------------------------------------------------------------------------------
-# What a run is made of: the flags' defaults for each data set, then what has no flag
+# --------------------------------------------------------------------------------------------------
+# The knobs of a run: the flags' defaults for each data set, and what has no flag
 
+IMAGES = dict(
+    network="mmdit",
+    formulation="rf/lognorm(0.00,1.00)",
+    batch_size=256,
+    warmup=1000,  # steps of linear warm-up
+    decay=False,  # then constant; with decay, a cosine to 0
+    betas=[0.9, 0.999],
+    eps=1e-15,  # Adam's, as in SD3's bf16 runs
+    weight_decay=0.0,
+    clip=1.0,  # of the gradient's norm
+    ema=[0.99, 100],  # decay 0.99 every 100 steps
+    precision="bf16",
+    block=1,  # steps whose examples are drawn at once
+    log_every=20,
+    eval_every=1000,
+    save_every=1000,
+    validation=512,  # held-out examples
+)
 PRESETS = {
     "toy2d": dict(
         network="mlp",
+        depth=2,  # of --network mmdit
         formulation="rf",
         steps=27_000,
         batch_size=1024,
         lr=1e-2,
-        warmup=500,  # steps of linear warm-up
-        decay=True,  # then a cosine to 0; otherwise constant
-        betas=(0.9, 0.99),
-        ema=(0.99, 10),  # decay 0.99 every 10 steps
-        dropout=0.1,  # of the label, for classifier-free guidance
-        block=25,  # steps whose examples are drawn at once
+        warmup=500,
+        decay=True,
+        betas=[0.9, 0.99],
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=None,
+        ema=[0.99, 10],
+        dropout=[0.1],
+        precision="fp32",
+        block=25,
         log_every=100,
         eval_every=1000,
         save_every=1000,
+        validation=1024,
     ),
+    # dropout: each condition's own rate; context and pooled vector of a text model as SD3's text
+    # encoders
+    "cifar10": IMAGES | dict(depth=8, steps=200_000, lr=3e-4, dropout=[0.1]),
+    "latents": IMAGES | dict(depth=12, steps=500_000, lr=1e-4, dropout=[0.464, 0.464]),
 }
+DEFAULTS = dict(
+    mixture="ring", conditional=False, accumulate=1, compile=False, shift=1.0, seed=0, data=None
+)
+MAY_CHANGE = ("steps", "accumulate", "compile", "data")  # between a run and its resumption
 
 
 def make_parser() -> Parser:
-    parser = Parser(description="Train a rectified flow (or any of the study's 61 formulations).")
+    shown = ("formulation", "steps", "batch_size", "lr", "depth", "precision")
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Defaults by data set. "
+        + ". ".join(f"{n}: " + ", ".join(f"{k} {p[k]}" for k in shown) for n, p in PRESETS.items()),
+    )
     add = parser.add_argument
-    add("--dataset", default="toy2d", help=f"one of {', '.join(PRESETS)} (default: toy2d)")
-    add("--mixture", help=f"toy2d: {', '.join(toy2d.MIXTURES)} or FILE.json with means, covs, weights (default: ring)")
-    add("--conditional", action="store_true", default=None, help="toy2d: give the network the mode's label")
-    add("--formulation", help="path, prediction and density of t by the paper's name, as in 'rf/lognorm(0.00,1.00)'")
+    add("--dataset", help=f"one of {', '.join(PRESETS)} (default: toy2d)")
+    add(
+        "--data",
+        help="folder of cifar-10-binary.tar.gz or its unpacked files, or of the latents",
+    )
+    add(
+        "--mixture",
+        help=f"toy2d: {', '.join(toy2d.MIXTURES)} or FILE.json: means, covs, weights",
+    )
+    add(
+        "--conditional",
+        action="store_true",
+        default=None,
+        help="toy2d: give the network the mode's label",
+    )
+    add(
+        "--network",
+        choices=["mlp", "mmdit"],
+        help="toy2d: the small MLP (default) or a small MM-DiT",
+    )
+    add("--depth", type=positive, help="of the MM-DiT: blocks, heads, and width / 64")
+    add(
+        "--formulation",
+        help="path, prediction and density of t by the paper's name, as in 'rf/lognorm(0.00,1.00)'",
+    )
+    add(
+        "--shift",
+        type=float,
+        help="resolution-dependent shift sqrt(m/n) of t, in training and sampling (default: 1)",
+    )
     add("--steps", type=positive, help="optimizer steps")
-    add("--batch-size", type=positive, help="examples per optimizer step")
+    add(
+        "--batch-size",
+        type=positive,
+        help="examples per optimizer step, over all ranks and accumulation",
+    )
+    add("--accumulate", type=positive, help="micro-batches per step on each rank (default: 1)")
     add("--lr", type=float, help="learning rate, after the warm-up")
+    add("--precision", choices=["fp32", "bf16"], help="of the network; all else is float32")
+    add("--compile", action="store_true", default=None, help="torch.compile the network")
     add("--seed", type=int, help="of everything drawn (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
-    add("--resume", action="store_true", help="go on with the run in --out (default: the last of runs/DATASET)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out (default: the last of runs/DATASET)",
+    )
     return parser
 
 
 def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
-    """(the run's configuration, its folder, the checkpoint to go on from or None). ValueError on bad input."""
-    given = {key: value for key, value in vars(args).items() if value is not None and key not in ("out", "resume", "device")}
-    if args.dataset not in PRESETS:
-        raise ValueError(f"unknown data set {args.dataset!r}; choose from {', '.join(PRESETS)}")
-    names = (File("runs") / f"{args.dataset}{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
-    taken = list(itertools.takewhile(lambda name: (name / "checkpoint.pt").exists(), names))
+    """(the run's configuration, its folder, the checkpoint to go on from or None).
+
+    ValueError on bad input.
+    """
+    given = {
+        k: v
+        for k, v in vars(args).items()
+        if v is not None and k not in ("out", "resume", "device")
+    }
+    name = given.setdefault("dataset", "toy2d")
+    if name not in PRESETS:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(PRESETS)}")
+    folders = (File("runs") / f"{name}{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
+    taken = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), folders))
+    if "mixture" in given:
+        given["mixture"] = toy2d.load_mixture(given["mixture"]).spec()
     if args.resume:
-        out = args.out or (taken[-1] if taken else File("runs") / args.dataset)
-        checkpoint = read_checkpoint(out / "checkpoint.pt")
+        out = args.out or (taken[-1] if taken else File("runs") / name)
+        checkpoint = sample.read_checkpoint(out / "checkpoint.pt")
         config = checkpoint["config"]
-        if "mixture" in given:
-            given["mixture"] = toy2d.load_mixture(given["mixture"]).spec()
         for key, value in given.items():
-            if key != "dataset" and config.get(key) != value:
-                raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} differs from the run in {out}: {config.get(key)}")
-        return config, out, checkpoint
-    config = {"dataset": args.dataset, "mixture": "ring", "conditional": False, "seed": 0, **PRESETS[args.dataset], **given}
-    config["betas"], config["ema"] = list(config["betas"]), list(config["ema"])
-    formulation(config["formulation"])  # so that a bad name ends here
+            if (
+                config.get(key) != value
+                and key not in MAY_CHANGE
+                and getattr(args, key) is not None
+            ):
+                flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+                raise ValueError(
+                    f"{flag} differs from the run in {out}, which has {str(config.get(key))[:80]}"
+                )
+        return config | {key: given[key] for key in MAY_CHANGE if key in given}, out, checkpoint
+    config = DEFAULTS | PRESETS[name] | given
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
         raise ValueError(f"--lr {config['lr']} is not a positive number")
-    config["mixture"] = toy2d.load_mixture(config["mixture"]).spec()
-    out = args.out or File("runs") / (f"{args.dataset}-{len(taken) + 1}" if taken else args.dataset)
+    formulation(config["formulation"], config["shift"])  # so that a bad name ends here
+    if isinstance(config["mixture"], str):
+        config["mixture"] = toy2d.load_mixture(config["mixture"]).spec()
+    out = args.out or File("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
     if (out / "checkpoint.pt").exists():
-        raise ValueError(f"--out {out} holds a run already: --resume goes on with it, another --out keeps it")
+        raise ValueError(
+            f"--out {out} holds a run already: --resume goes on with it, another --out keeps it"
+        )
     return config, out, None
 
 
-# ----------------------------------------------------------------------------------------------------
-# The examples: (z, t, target, *cond), a pure function of (seed, step)
+# --------------------------------------------------------------------------------------------------
+# The examples: (z, t, target, *cond), a pure function of (seed, step, micro-batch)
 
 
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator whose seed is a hash of the numbers (their sum would make step 1 of seed 0 step 0 of seed 1)."""
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose seed is a hash of the numbers (by their sum, step 1 of seed 0 would be
+    step 0 of seed 1).
+    """
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[
+        0
+    ]
+    return torch.Generator(device).manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)
 
 
-def drop(cond: list[Tensor], null_cond: tuple[Tensor, ...], rate: float, generator: torch.Generator) -> list[Tensor]:
-    """Replace each condition's rows by the null one at this rate, for classifier-free guidance."""
+def drop(
+    cond: list[Tensor],
+    null_cond: tuple[Tensor, ...],
+    rates: list[float],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """Replace each condition's rows by the null one at its rate, for classifier-free guidance."""
     kept = []
-    for c, null in zip(cond, null_cond, strict=True):
-        dropped = torch.rand(len(c), generator=generator) < rate
+    for c, null, rate in zip(cond, null_cond, rates, strict=False):
+        dropped = torch.rand(len(c), generator=generator, device=generator.device) < rate
         kept.append(torch.where(dropped.reshape(-1, *[1] * (c.dim() - 1)), null.to(c), c))
     return kept
 
 
+def make_source(
+    config: dict, dataset, device: torch.device, micro: int, micros: int
+) -> Callable[[int], list[Tensor]]:
+    """A function block -> [x0, *cond]: the data of one micro-batch, for a block of steps, on the
+    device.
+    """
+    size = config["batch_size"] // micros
+    if config["dataset"] == "toy2d":
+        draw = lambda block: dataset.sample(
+            size * config["block"], seeded(config["seed"], block, micro)
+        )
+        return lambda block: [x.to(device) for x in draw(block)[: 1 + config["conditional"]]]
+
+    def source(block: int) -> list[Tensor]:
+        pin = (lambda x: x.pin_memory()) if device.type == "cuda" else (lambda x: x)
+        batch = dataset.batch(config["seed"], block, size, micro, micros)
+        x0, *cond = (pin(x).to(device, non_blocking=True) for x in batch)
+        x0 = dataset.to_float(x0)
+        if dataset.flip:
+            generator = seeded(config["seed"], block, micro, 1, device=device)
+            flip = torch.rand(len(x0), 1, 1, 1, generator=generator, device=device) < 0.5
+            x0 = torch.where(flip, x0.flip(3), x0)
+        return [x0, *cond]
+
+    return source
+
+
 def examples(
-    config: dict, objective: Formulation, mixture: toy2d.GaussianMixture, null_cond: tuple[Tensor, ...], start: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """(z, t, target, *cond) of step start, start + 1, ...: drawn in whole blocks of steps, the next one in advance."""
+    config: dict, objective, source, null_cond, start: int, micro: int, device: torch.device
+) -> Iterator[tuple]:
+    """(z, t, target, *cond) of step start, start + 1, ...: drawn in whole blocks of steps, the
+    next one in advance.
+    """
     size = config["block"]
 
     @torch.no_grad()
-    def block(number: int) -> list[tuple[Tensor, ...]]:
-        torch.set_num_threads(1)
-        generator = seeded(config["seed"], number)
-        x0, labels = mixture.sample(size * config["batch_size"], generator)
-        cond = drop([labels] if config["conditional"] else [], null_cond, config["dropout"], generator)
-        t = objective.draw(len(x0), generator)
-        z, target = objective.pair(x0, torch.randn(x0.shape, generator=generator), t)
-        return list(zip(*(x.split(config["batch_size"]) for x in (z, t, target, *cond)), strict=True))
+    def draw(block: int) -> list[tuple[Tensor, ...]]:
+        if device.type == "cpu" and config["network"] == "mlp":
+            torch.set_num_threads(1)  # this is a thread of its own
+        x0, *cond = source(block)
+        generator = seeded(config["seed"], block, micro, 0, device=device)
+        cond = drop(cond, null_cond, config["dropout"], generator)
+        rows = objective.examples(x0, *cond, generator=generator)
+        return list(zip(*(x.split(len(x) // size) for x in rows), strict=True))
 
     with ThreadPoolExecutor(1) as thread:
-        number, skip = divmod(start, size)
-        coming = thread.submit(block, number)
-        for number in itertools.count(number + 1):
-            steps, coming = coming.result(), thread.submit(block, number)
+        block, skip = divmod(start, size)
+        coming = thread.submit(draw, block)
+        while True:
+            block += 1
+            steps, coming = coming.result(), thread.submit(draw, block)
             yield from steps[skip:]
             skip = 0
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step
 
 
@@ -156,76 +294,148 @@ def learning_rate(config: dict, step: int) -> float:
 
 
 def make_optimizer(network: nn.Module, config: dict) -> torch.optim.Optimizer:
-    return torch.optim.Adam(network.parameters(), lr=config["lr"], betas=tuple(config["betas"]), fused=True)
+    betas, eps, weight_decay = tuple(config["betas"]), config["eps"], config["weight_decay"]
+    return torch.optim.AdamW(
+        network.parameters(), config["lr"], betas, eps, weight_decay, fused=True
+    )
 
 
-def update(network: nn.Module, ema: list[Tensor], optimizer, config: dict, step: int, batch: tuple[Tensor, ...]) -> Tensor:
-    """One optimizer step on a batch (z, t, target, *cond): the loss (8), Adam, the EMA. Returns the loss, on the device."""
-    z, t, target, *cond = batch
-    loss = (network(z, t, *cond) - target).square().mean()
+def autocast(config: dict, device: torch.device) -> contextlib.AbstractContextManager:
+    """The network alone runs under it: coefficients of t, targets and the loss stay in float32."""
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if config["precision"] == "bf16"
+        else contextlib.nullcontext()
+    )
+
+
+def update(
+    model: nn.Module,
+    network: nn.Module,
+    ema: list[Tensor],
+    optimizer,
+    config: dict,
+    step: int,
+    batches,
+) -> Tensor:
+    """One optimizer step on micro-batches (z, t, target, *cond): the loss (8), AdamW, the EMA.
+
+    model is what is called (compiled, distributed), network holds the parameters. Returns the
+    loss, on the device.
+    """
+    total = 0
     optimizer.zero_grad()
-    loss.backward()
+    for i, (z, t, target, *cond) in enumerate(batches):
+        last = i == len(batches) - 1  # DDP adds up over ranks only then
+        with contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync():
+            with autocast(config, z.device):
+                o = model(z, t, *cond)
+            loss = (o.float() - target).square().mean() / len(batches)
+            loss.backward()
+        total = total + loss.detach()
+    parameters = list(network.parameters())
+    if config["clip"]:
+        nn.utils.clip_grad_norm_(parameters, config["clip"])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     decay, every = config["ema"]
     if (step + 1) % every == 0:
         n = (step + 1) // every  # the first updates forget the initialisation faster
-        torch._foreach_lerp_(ema, [p.detach() for p in network.parameters()], 1 - min(decay, (1 + n) / (10 + n)))
-    return loss.detach()
+        torch._foreach_lerp_(
+            ema, [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n))
+        )
+    return total
 
 
-# ----------------------------------------------------------------------------------------------------
-# Evaluation
+# --------------------------------------------------------------------------------------------------
+# Evaluation, of the EMA weights
 
 
 @torch.no_grad()
 def validation_loss(network: nn.Module, objective: Formulation, x0: Tensor, *cond: Tensor) -> float:
-    """The loss at the midpoints t = (i + 1/2)/8 (the ends are singular for some paths), on fixed data and noise."""
-    t = (torch.arange(8) + 0.5).repeat_interleave(len(x0)) / 8
-    x0, *cond = (c.repeat(8, *[1] * (c.dim() - 1)) for c in (x0, *cond))
-    z, target = objective.pair(x0, torch.randn(x0.shape, generator=seeded(1, 0)), t)
-    return (network(z, t, *cond) - target).square().mean().item()
+    """The loss at the midpoints t = (i + 1/2)/8 (the ends are singular for some paths), on fixed
+    data and noise.
+    """
+    eps, losses = torch.randn(x0.shape, generator=seeded(1, 0)).to(x0.device), []
+    for t, rows in itertools.product(
+        (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(1024)
+    ):
+        z, target = objective.pair(x0[rows], eps[rows], t.to(x0.device).expand(len(rows)))
+        o = network(z, t.to(x0.device).expand(len(rows)), *(c[rows] for c in cond))
+        losses.append((o.float() - target).square().flatten(1).mean(1))
+    return torch.cat(losses).mean().item()
 
 
-def evaluate(network: nn.Module, objective: Formulation, config: dict, mixture: toy2d.GaussianMixture, n: int) -> dict:
-    """What the log and the progress bar show of the EMA weights."""
-    x0, labels = mixture.sample(1024, seeded(2, 0))
-    cond = (labels,) if config["conditional"] else ()
-    return {
-        "val_loss": validation_loss(network, objective, x0, *cond),
-        "excess": toy2d.relative_excess(network, objective, mixture, config["conditional"], n),
-    }
-
-
-def report(sampler: Sampler, out: File) -> None:
-    """The toy's table and pictures, from the EMA weights."""
+def evaluate(sampler: Sampler, dataset, validation: list[Tensor]) -> dict[str, float]:
+    """What the log and the progress bar show."""
     config, network = sampler.config, sampler.network
-    mixture = toy2d.GaussianMixture(**config["mixture"])
-    excess = toy2d.relative_excess(network, sampler.formulation, mixture, config["conditional"])
-    heun = lambda noise, *cond: sampler.sample(noise, *cond, steps=50, method="heun")  # noqa: E731
-    y = toy2d.yardsticks(heun, mixture, config["conditional"])
+    with autocast(config, validation[0].device):
+        figures = {"val_loss": validation_loss(network, sampler.formulation, *validation)}
+    if config["dataset"] == "toy2d" and validation[0].device.type == "cpu":
+        figures["excess"] = toy2d.relative_excess(
+            network, sampler.formulation, dataset, config["conditional"], n=8192
+        )
+    return figures
+
+
+def save_grid(sampler: Sampler, out: File, dataset, cfg: float) -> None:
+    """OUT/samples.png: ten classes (or 80 held-out texts) in 50 steps.
+
+    Without the VAE, latents stay latents.
+    """
+    spec, names = sampler.config["spec"], []
+    if spec["classes"]:
+        cond, names = sample.class_rows(spec, columns=8)
+    else:
+        _, *cond = dataset.validation(80)
+    x0 = sample.draw(sampler, cond, seed=0, steps=50, cfg=cfg)
+    images = sample.pictures(sampler.config, x0)
+    if images is None:
+        np.savez(out / "samples.npz", x0.numpy())
+    else:
+        sample.draw_grid(images, 8, names).save(out / "samples.png")
+
+
+def report(sampler: Sampler, out: File, dataset) -> None:
+    """At the end of a run: the toy's table and pictures, or a grid of samples."""
+    config, network = sampler.config, sampler.network
+    if config["dataset"] != "toy2d":
+        save_grid(sampler, out, dataset, cfg=2.0)
+        return
+    excess = toy2d.relative_excess(network, sampler.formulation, dataset, config["conditional"])
+    heun = lambda noise, *cond: sampler.sample(noise, *cond, steps=50, method="heun")
+    y = toy2d.yardsticks(heun, dataset, config["conditional"])
     print(f"relative excess of the network's error {excess:.2e}")
-    print("10,000 samples in 50 Heun steps, mean over 3 noise seeds, and the exact field from the same noise:")
+    print(
+        "10,000 samples in 50 Heun steps, and the exact field from the same noise; mean of 3 seeds:"
+    )
     print(f"{'':26}{'learned':>12}{'exact':>12}{'difference':>12}")
-    print(f"{'energy distance':26}{y['energy'] + y['exact_energy']:12.2e}{y['exact_energy']:12.2e}{y['energy']:12.2e}"
-          f"  (standard error {y['energy_error']:.0e})")
-    for key, name in (("total_variation", "total variation of modes"), ("outliers", "further than 4 sigma")):
+    learned, exact, error = y["energy"] + y["exact_energy"], y["exact_energy"], y["energy_error"]
+    print(
+        f"{'energy distance':26}{learned:12.2e}{exact:12.2e}{y['energy']:12.2e}  (+- {error:.0e})"
+    )
+    for key, name in (
+        ("total_variation", "total variation of modes"),
+        ("outliers", "further than 4 sigma"),
+    ):
         learned, exact = y[key], y["exact_" + key]
         print(f"{name:26}{learned:12.4f}{exact:12.4f}{learned - exact:12.4f}")
     field, null = sampler.velocity, network.null_cond
-    toy2d.draw_flow(field, mixture, *null).save(out / "flow.png")
-    toy2d.draw_field(field, mixture, *null).save(out / "field.png")
-    toy2d.save_gif(out / "flow.gif", field, mixture, *null)
+    toy2d.draw_flow(field, dataset, *null).save(out / "flow.png")
+    toy2d.draw_field(field, dataset, *null).save(out / "field.png")
+    toy2d.save_gif(out / "flow.gif", field, dataset, *null)
     print(f"pictures: {out}/flow.png, {out}/field.png, {out}/flow.gif")
 
 
-# ----------------------------------------------------------------------------------------------------
-# The run
+# --------------------------------------------------------------------------------------------------
+# Files
 
 
 def save(path: File, checkpoint: dict) -> None:
-    """Write beside the old checkpoint, flush to the disk, then rename: there is a whole one at every moment."""
+    """Write beside the old checkpoint, flush to the disk, then rename: there is a whole one at
+    every moment.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
@@ -250,75 +460,156 @@ def cut_log(path: File, step: int) -> None:
         log.truncate(kept)
 
 
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with parser.one_line_errors():
         config, out, checkpoint = configure(args)
-        device = check_device(args.device or default_device())
-        objective = formulation(config["formulation"])
-        mixture = toy2d.GaussianMixture(**config["mixture"])
+        name = args.device or default_device()
+        device = check_device(
+            f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world > 1 else name
+        )
+        micros = world * config["accumulate"]
+        if config["batch_size"] % micros:
+            raise ValueError(
+                f"--batch-size {config['batch_size']} does not divide into {micros} micro-batches"
+            )
+        dataset = sample.open_dataset(config)
+        if config["dataset"] != "toy2d":
+            if checkpoint and config["spec"] != dataset.spec():
+                raise ValueError(f"the data in {config['data']} are not those of the run in {out}")
+            config["spec"] = dataset.spec()
+        objective = formulation(config["formulation"], config["shift"])
         torch.manual_seed(config["seed"])
-        network = build(config).to(device)
-        average = copy.deepcopy(network).requires_grad_(False)
+        network = sample.build(config).to(device)
+        average = copy.deepcopy(network).requires_grad_(False).eval()
         optimizer = make_optimizer(network, config)
         start = 0
         if checkpoint:
-            load_weights(network, checkpoint["network"], out)
-            load_weights(average, checkpoint["ema"], out)
+            sample.load_weights(network, checkpoint["network"], out)
+            sample.load_weights(average, checkpoint["ema"], out)
             optimizer.load_state_dict(checkpoint["optimizer"])
             start = checkpoint["step"]
-        out.mkdir(parents=True, exist_ok=True)
-        cut_log(out / "log.jsonl", start)
-        log = (out / "log.jsonl").open("a")
 
-    def save_at(step: int) -> None:
-        state = {"network": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}
-        save(out / "checkpoint.pt", {"config": config, "step": step, **state})
+        def save_at(step: int) -> None:
+            if rank == 0:
+                state = {
+                    "network": network.state_dict(),
+                    "ema": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                save(out / "checkpoint.pt", {"config": config, "step": step, **state})
 
-    if not checkpoint:
-        with parser.one_line_errors():
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            cut_log(out / "log.jsonl", start)
+        if not checkpoint:
             save_at(0)
-    stop: list[int] = []  # Ctrl-C and SIGTERM are noticed at log time; a second one ends the process at once
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if config["network"] == "mlp":
+        torch.set_num_threads(1)  # for this MLP two threads are slower than one
+    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    model = torch.compile(network) if config["compile"] else network
+    if world > 1:
+        model = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    streams = []
+    for micro in range(rank * config["accumulate"], (rank + 1) * config["accumulate"]):
+        source = make_source(config, dataset, device, micro, micros)
+        streams.append(examples(config, objective, source, network.null_cond, start, micro, device))
+    validation = []
+    if rank == 0:
+        if config["dataset"] == "toy2d":
+            x0, *cond = dataset.sample(config["validation"], seeded(2, 0))[
+                : 1 + config["conditional"]
+            ]
+        else:
+            x0, *cond = dataset.validation(config["validation"])
+            x0 = dataset.to_float(x0)
+        validation = [x.to(device) for x in (x0, *cond)]
+    sampler = Sampler(average, objective, config, config["steps"])
+
+    stop: list[
+        int
+    ] = []  # Ctrl-C and SIGTERM are noticed at log time; a second one ends the process at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-
-    torch.set_num_threads(1)  # for this MLP two threads are slower than one
-    ema = list(average.parameters())
     losses: list[Tensor] = []
-    saved, figures = start, {}
-    stream = examples(config, objective, mixture, network.null_cond, start)
-    bar = tqdm(range(start, config["steps"]), initial=start, total=config["steps"], desc=str(out), unit="step")
+    saved, figures, ema = start, {}, list(average.parameters())
+    log = (out / "log.jsonl").open("a") if rank == 0 else None
+    steps = range(start, config["steps"])
+    bar = tqdm(
+        steps, initial=start, total=config["steps"], desc=str(out), unit="step", disable=rank > 0
+    )
     for step in bar:
-        losses.append(update(network, ema, optimizer, config, step, tuple(x.to(device) for x in next(stream))))
+        losses.append(
+            update(
+                model, network, ema, optimizer, config, step, [next(stream) for stream in streams]
+            )
+        )
         done = step + 1
         if done % config["log_every"] and done != config["steps"]:
             continue
-        values = torch.stack(losses).cpu()
+        values = torch.stack([*losses, torch.tensor(float(len(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(values, dist.ReduceOp.SUM)
+        *values, stopped = values.tolist()  # the loop's only synchronisation
         losses.clear()
-        if not values.isfinite().all():
-            bad = done - len(values) + int(values.isfinite().logical_not().nonzero()[0]) + 1
+        bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+        if bad:
             bar.close()
-            sys.exit(f"the loss of step {bad} is not finite: stopped. The checkpoint of step {saved} is kept in {out}; "
-                     f"a lower --lr than {config['lr']} may help")
-        entry = {"step": done, "loss": values.mean().item(), "lr": learning_rate(config, step)}
-        if done % config["eval_every"] == 0 or done == config["steps"]:
-            figures = evaluate(average, objective, config, mixture, n=8192)
-            entry |= figures
-        print(json.dumps(entry), file=log, flush=True)
-        bar.set_postfix({"loss": f"{entry['loss']:.3f}", **{k: f"{v:.2g}" for k, v in figures.items()}}, refresh=False)
-        if done % config["save_every"] == 0 or done == config["steps"] or stop:
+            sys.exit(
+                f"the loss of step {done - len(values) + bad[0] + 1} is not finite: stopped. "
+                f"The checkpoint of step {saved} is kept in {out}; a lower --lr may help"
+            )
+        if rank == 0:
+            entry = {
+                "step": done,
+                "loss": sum(values) / len(values) / world,
+                "lr": learning_rate(config, step),
+            }
+            if done % config["eval_every"] == 0 or done == config["steps"]:
+                figures = evaluate(sampler, dataset, validation)
+                entry |= figures
+                if config["dataset"] != "toy2d" and done != config["steps"]:
+                    save_grid(sampler, out, dataset, cfg=1.0)
+            print(json.dumps(entry), file=log, flush=True)
+            rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
+            shown = {"loss": f"{entry['loss']:.3f}", **{k: f"{v:.2g}" for k, v in figures.items()}}
+            bar.set_postfix(shown | {"samples/s": f"{rate:.0f}"}, refresh=False)
+        if done % config["save_every"] == 0 or done == config["steps"] or stopped:
             save_at(done)
             saved = done
-        if stop:
+        if stopped:
             bar.close()
-            print(f"stopped; saved step {done}. Go on with: python train.py --dataset {config['dataset']} --resume --out {out}")
-            sys.exit(128 + stop[0])
+            if rank == 0:
+                again = f"python train.py --dataset {config['dataset']} --resume --out {out}"
+                print(f"stopped; saved step {done}. Go on with: {again}")
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
     bar.close()
-    stream.close()
-    torch.set_num_threads(os.cpu_count() or 1)
-    report(Sampler(average.cpu(), objective, config, config["steps"]), out)
-    print(f"next: python sample.py {out}/checkpoint.pt --num 2000 --steps 8 --out samples.png")
+    for stream in streams:
+        stream.close()
+    if rank == 0:
+        if config["network"] == "mlp":
+            torch.set_num_threads(os.cpu_count() or 1)
+        if config["dataset"] == "toy2d":
+            average.cpu()
+        report(sampler, out, dataset)
+        number = (
+            "--num 2000 --steps 8"
+            if config["dataset"] == "toy2d"
+            else "--num 100 --steps 50 --cfg 2"
+        )
+        print(f"next: python sample.py {out}/checkpoint.pt {number} --out samples.png")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

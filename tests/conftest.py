@@ -14,6 +14,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
     script = Path(__file__).parent.parent / "train.py"
     flags = f"--dataset toy2d --conditional --steps 450 --batch-size 32 --seed 3 --out {out}"
-    done = subprocess.run([sys.executable, script, *flags.split()], capture_output=True, text=True)
+    command = [sys.executable, script, *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done

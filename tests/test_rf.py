@@ -1,4 +1,6 @@
-"""Equations (1)-(22) by independent routes: autograd, Monte Carlo with its error bar, quadrature, closed forms."""
+"""Equations (1)-(22) by independent routes: autograd, Monte Carlo with its error bar, quadrature,
+closed forms.
+"""
 
 import math
 
@@ -6,7 +8,19 @@ import pytest
 import torch
 
 import rf
-from rf import EDM, PREDICTIONS, STUDY, CosMap, Cosine, Formulation, LogitNormal, Mode, Uniform, formulation, solve
+from rf import (
+    EDM,
+    PREDICTIONS,
+    STUDY,
+    Cosine,
+    CosMap,
+    Formulation,
+    LogitNormal,
+    Mode,
+    Uniform,
+    formulation,
+    solve,
+)
 from toy2d import GaussianMixture
 
 F64 = torch.float64
@@ -19,7 +33,15 @@ PATHS = {
     "edm/rf": rf.MatchedEDM(rf.RectifiedFlow()),
     "edm/cos": rf.MatchedEDM(Cosine()),
 }
-DENSITIES = [Uniform(), LogitNormal(0, 1), LogitNormal(-0.5, 0.6), LogitNormal(1, 2.2), Mode(1.29), Mode(-0.5), CosMap()]
+DENSITIES = [
+    Uniform(),
+    LogitNormal(0, 1),
+    LogitNormal(-0.5, 0.6),
+    LogitNormal(1, 2.2),
+    Mode(1.29),
+    Mode(-0.5),
+    CosMap(),
+]
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 every_formulation = pytest.mark.parametrize("name", [*STUDY, "eps/ddpm", "v/ddpm"])
 
@@ -57,7 +79,9 @@ def test_coefficients_derivatives_match_autograd(path):
 
 @paths
 def test_velocity_5_9_10_is_the_derivative_of_2(path):
-    """(5): psi'_t(psi_t^-1(z)) by autograd through (2); (9), (10): the closed form; and a' x0 + b' eps."""
+    """(5): psi'_t(psi_t^-1(z)) by autograd through (2); (9), (10): the closed form; and a' x0 + b'
+    eps.
+    """
     g = torch.Generator().manual_seed(0)
     t = inner(40)
     x0, eps = torch.randn(2, 40, 3, dtype=F64, generator=g)
@@ -70,7 +94,9 @@ def test_velocity_5_9_10_is_the_derivative_of_2(path):
 
 
 def test_endpoints():
-    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 in float32 too; the table of what the other paths do there."""
+    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 in float32 too; the table of what the other paths do
+    there.
+    """
     ends = torch.tensor([0.0, 1.0])
     for path in (rf.RectifiedFlow(), Cosine()):
         assert path.a(ends).tolist() == [1, 0] and path.b(ends).tolist() == [0, 1]
@@ -80,14 +106,19 @@ def test_endpoints():
     assert ddpm.a(ends)[1].item() == pytest.approx(0.00635, abs=5e-6)
     edm = EDM(-1.2, 1.2)
     assert edm.t_min == 1e-4 and edm.db(ends).isinf().all()
-    assert edm.b(torch.tensor(edm.t_max, dtype=F64)).log().item() == pytest.approx(-1.2 + 3.719 * 1.2, abs=1e-3)
+    assert edm.b(torch.tensor(edm.t_max, dtype=F64)).log().item() == pytest.approx(
+        -1.2 + 3.719 * 1.2, abs=1e-3
+    )
     assert formulation("eps/cos").path.t_max == 0.999 and formulation("v/cos").path.t_max == 1
 
 
 def test_linear_schedules_are_the_published_products():
     for path, beta in (
         (rf.DDPMLinear(), [1e-4 + i / 999 * (0.02 - 1e-4) for i in range(1000)]),
-        (rf.LDMLinear(), [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]),
+        (
+            rf.LDMLinear(),
+            [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)],
+        ),
     ):
         for i in (0, 1, 499, 998, 999):
             a = math.sqrt(math.prod(1 - b for b in beta[: i + 1]))
@@ -111,7 +142,9 @@ def test_coefficients_keep_float32_accuracy(path, dtype):
     for got, exact in zip(path.coefficients(t), path.coefficients(t.double()), strict=True):
         assert got.dtype == torch.float32
         # a and b to a few ulp; the linear paths' slopes may fall on the neighbouring table entry
-        torch.testing.assert_close(got.double(), exact, rtol=3e-3 if "Linear" in type(path).__name__ else 5e-6, atol=1e-6)
+        torch.testing.assert_close(
+            got.double(), exact, rtol=3e-3 if "Linear" in type(path).__name__ else 5e-6, atol=1e-6
+        )
     for got, exact in zip(path.coefficients(t)[:2], path.coefficients(t.double())[:2], strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=5e-6, atol=0)
 
@@ -119,7 +152,9 @@ def test_coefficients_keep_float32_accuracy(path, dtype):
 def test_edm_log_snr_is_normal_15():
     t = torch.rand(100_000, dtype=F64, generator=torch.Generator().manual_seed(0))
     lam = EDM(-0.6, 1.8).log_snr(t)
-    assert ks(lam.sort().values, torch.special.ndtr((lam.sort().values - 1.2) / 3.6)) < 1.63 / math.sqrt(len(t))
+    assert ks(
+        lam.sort().values, torch.special.ndtr((lam.sort().values - 1.2) / 3.6)
+    ) < 1.63 / math.sqrt(len(t))
 
 
 # ---- predictions and the loss
@@ -130,24 +165,36 @@ def test_ends_of_the_exact_output_are_exact(name):
     """o = p x0 + q eps gives back x0, eps and a' x0 + b' eps."""
     f = formulation(name)
     g = torch.Generator().manual_seed(0)
-    t = torch.linspace(f.path.t_min, f.path.t_max, 41, dtype=F64)[:40] + (f.path.t_max - f.path.t_min) / 99.1
+    t = (
+        torch.linspace(f.path.t_min, f.path.t_max, 41, dtype=F64)[:40]
+        + (f.path.t_max - f.path.t_min) / 99.1
+    )
     x0, eps = torch.randn(2, 40, 2, 3, dtype=F64, generator=g)
     z, target = f.pair(x0, eps, t)
-    network = lambda z_in, t_in: (close(z_in, z), target)[1]  # noqa: E731
+    network = lambda z_in, t_in: (close(z_in, z), target)[1]
     x0_hat, eps_hat = f.ends(network)(f.path.interpolate(x0, eps, t), t)
     rtol = 1e-7
     close(x0_hat, x0, rtol), close(eps_hat, eps, rtol)
     if name != "eps/cos" and "edm" not in name:
-        close(f.velocity(network)(f.path.interpolate(x0, eps, t), t), f.path.conditional_velocity(
-            f.path.interpolate(x0, eps, t), eps, t), 1e-6)
+        close(
+            f.velocity(network)(f.path.interpolate(x0, eps, t), t),
+            f.path.conditional_velocity(f.path.interpolate(x0, eps, t), eps, t),
+            1e-6,
+        )
 
 
 def test_edm_prediction_is_the_published_preconditioning():
-    """(16): D = c_skip z + c_out F, c_in = 1/sqrt(sigma^2 + sigma_d^2), written as Karras et al. do."""
+    """(16): D = c_skip z + c_out F, c_in = 1/sqrt(sigma^2 + sigma_d^2), written as Karras et al.
+
+    do.
+    """
     path, sigma_d = EDM(-0.6, 1.2), 0.5
     t = inner(30)
     sigma = path.b(t)
-    c_skip, c_out = sigma_d**2 / (sigma**2 + sigma_d**2), sigma * sigma_d / (sigma**2 + sigma_d**2).sqrt()
+    c_skip, c_out = (
+        sigma_d**2 / (sigma**2 + sigma_d**2),
+        sigma * sigma_d / (sigma**2 + sigma_d**2).sqrt(),
+    )
     p, q = PREDICTIONS["F"](path, t)
     close(p, (1 - c_skip) / c_out), close(q, -c_skip * sigma / c_out)
     close(path.c_in(t), 1 / (sigma**2 + sigma_d**2).sqrt())
@@ -155,7 +202,9 @@ def test_edm_prediction_is_the_published_preconditioning():
     x0_hat, _ = Formulation("", path, "F").ends(lambda z, t: o)(z, t)
     close(x0_hat, c_skip[:, None] * z + c_out[:, None] * o)
     small = torch.tensor([1e-4])  # float32 keeps p where 1 - c_skip would cancel
-    close(PREDICTIONS["F"](path, small)[0].double(), PREDICTIONS["F"](path, small.double())[0], 1e-5)
+    close(
+        PREDICTIONS["F"](path, small)[0].double(), PREDICTIONS["F"](path, small.double())[0], 1e-5
+    )
 
 
 @paths
@@ -173,13 +222,26 @@ def test_losses_8_11_12_agree_per_sample(path):
     close(loss_11, loss_8, 1e-7), close(loss_12, loss_8, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["rf", "rf/lognorm(0.50,0.60)", "eps/cos", "v/cos", "eps/linear", "v/linear", "edm(-1.20,1.20)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rf",
+        "rf/lognorm(0.50,0.60)",
+        "eps/cos",
+        "v/cos",
+        "eps/linear",
+        "v/linear",
+        "edm(-1.20,1.20)",
+    ],
+)
 def test_loss_is_L_w_with_the_one_line_weight(name):
-    """E_t of the loss at fixed (x0, eps) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2, by quadrature over t."""
+    """E_t of the loss at fixed (x0, eps) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2, by
+    quadrature over t.
+    """
     f = formulation(name)
     t = torch.linspace(0.02, 0.98, 20001, dtype=F64)  # both sides over the same range
     x0, eps = torch.tensor([[0.3, -1.1]], dtype=F64), torch.tensor([[0.7, 0.2]], dtype=F64)
-    network = lambda z, t: torch.tanh(z + t[:, None])  # noqa: E731
+    network = lambda z, t: torch.tanh(z + t[:, None])
     x0, eps = x0.expand(len(t), 2), eps.expand(len(t), 2)
     z, target = f.pair(x0, eps, t)
     left = f.density.density(t) * (network(z, t) - target).square().mean(1)
@@ -214,15 +276,19 @@ def test_first_loss_of_a_zero_network_is_the_target_power():
     """E|eps - x0|^2 per dimension = 1 + E x0^2, within 5 standard errors; cond passes through."""
     x0 = 2 * torch.ones(200_000, 1)
     seen = []
-    network = lambda z, t, label: (seen.append((t.shape, label)), torch.zeros_like(z))[1]  # noqa: E731
-    loss = formulation("rf").loss(network, x0, torch.tensor(3), generator=torch.Generator().manual_seed(0))
+    network = lambda z, t, label: (seen.append((t.shape, label)), torch.zeros_like(z))[1]
+    loss = formulation("rf").loss(
+        network, x0, torch.tensor(3), generator=torch.Generator().manual_seed(0)
+    )
     assert seen[0][0] == (200_000,) and seen[0][1] == 3
     assert loss.item() == pytest.approx(5, abs=5 * math.sqrt(18 / 200_000))
 
 
 def test_loss_reproduces_with_its_generator_and_draws_inside():
     f, x0 = formulation("edm(-1.20,1.20)"), torch.ones(64, 2)
-    a, b = (f.loss(lambda z, t: z, x0, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    a, b = (
+        f.loss(lambda z, t: z, x0, generator=torch.Generator().manual_seed(7)) for _ in range(2)
+    )
     assert a == b
     t = formulation("edm(0.00,1.80)").draw(100_000, torch.Generator().manual_seed(0))
     assert t.min() >= 1e-4 and t.max() <= 1 - 1e-4
@@ -230,7 +296,9 @@ def test_loss_reproduces_with_its_generator_and_draws_inside():
 
 @pytest.mark.parametrize("name", ["rf", "v/cos"])
 def test_gradients_of_7_and_8_agree(name):
-    """(7) and (8) differ by a constant: equal gradients in Theta, within 5 Monte-Carlo standard errors."""
+    """(7) and (8) differ by a constant: equal gradients in Theta, within 5 Monte-Carlo standard
+    errors.
+    """
     f, m, n = formulation(name), mixture(), 200_000
     path = f.path
     g = torch.Generator().manual_seed(0)
@@ -241,12 +309,14 @@ def test_gradients_of_7_and_8_agree(name):
     v = (features @ torch.linspace(-1, 1, 5, dtype=F64))[:, None]  # v_Theta, linear in Theta
     u = m.velocity(z, t, path)
     conditional = path.da(t)[:, None] * x0 + path.db(t)[:, None] * eps
-    gradient = lambda target: 2 * (v - target).sum(1)[:, None] * features  # noqa: E731
+    gradient = lambda target: 2 * (v - target).sum(1)[:, None] * features
     difference = gradient(conditional) - gradient(u)
     error = difference.std(0) / math.sqrt(n)
     assert (difference.mean(0).abs() < 5 * error).all()
     assert (gradient(u).mean(0).abs() > 20 * error).any()  # the test would see a wrong u
-    assert ((v - conditional).square().mean() - (v - u).square().mean()) > 0.1  # and the losses do differ
+    assert (
+        (v - conditional).square().mean() - (v - u).square().mean()
+    ) > 0.1  # and the losses do differ
 
 
 # ---- densities
@@ -258,7 +328,9 @@ def ks(x, cdf):
     return torch.maximum(cdf - i / len(x), (i + 1) / len(x) - cdf).max().item()
 
 
-@pytest.mark.parametrize("density", DENSITIES, ids=lambda d: f"{type(d).__name__}{list(vars(d).values())}")
+@pytest.mark.parametrize(
+    "density", DENSITIES, ids=lambda d: f"{type(d).__name__}{list(vars(d).values())}"
+)
 def test_densities_integrate_to_one_and_match_their_samplers(density):
     grid = torch.special.ndtr(torch.linspace(-7, 7, 40001, dtype=F64))  # dense at the ends
     cdf = torch.cumulative_trapezoid(density.density(grid), grid)
@@ -284,7 +356,11 @@ def test_cosmap_gives_rf_the_cosine_log_snr():
     u = inner(50)
     t = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)  # (21) as printed
     close(rf.RectifiedFlow().log_snr(t), Cosine().log_snr(u), 1e-9)
-    close(CosMap().density(t), 1 / derivative(lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1), u), 1e-9)
+    close(
+        CosMap().density(t),
+        1 / derivative(lambda u: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1), u),
+        1e-9,
+    )
 
 
 def test_densities_at_the_ends():
@@ -302,16 +378,24 @@ def test_the_study_has_61_names_that_mean_what_they_say():
     assert formulation("rf/mode(1.29)").density.s == 1.29
     f = formulation("rf/lognorm(-0.50,2.20)")
     assert (f.density.m, f.density.s, type(f.path)) == (-0.5, 2.2, rf.RectifiedFlow)
-    assert formulation("edm(-1.20,0.60)").path.P_m == -1.2 and formulation("edm(-1.20,0.60)").path.P_s == 0.6
+    assert (
+        formulation("edm(-1.20,0.60)").path.P_m == -1.2
+        and formulation("edm(-1.20,0.60)").path.P_s == 0.6
+    )
     close(formulation("edm/cos").path.log_snr(inner(20)), Cosine().log_snr(inner(20)), 1e-9)
-    close(formulation("edm/rf").path.log_snr(inner(20)), rf.RectifiedFlow().log_snr(inner(20)), 1e-9)
+    close(
+        formulation("edm/rf").path.log_snr(inner(20)), rf.RectifiedFlow().log_snr(inner(20)), 1e-9
+    )
 
 
 @pytest.mark.parametrize(
     "name, says",
     [
         ("ref", "unknown formulation 'ref'; choose from rf, rf/lognorm"),
-        ("rf/lognorm(0)", "unknown formulation 'rf/lognorm(0)'; choose from rf, rf/lognorm\\(m,s\\)"),
+        (
+            "rf/lognorm(0)",
+            "unknown formulation 'rf/lognorm(0)'; choose from rf, rf/lognorm\\(m,s\\)",
+        ),
         ("rf/lognorm(0,x)", "must be numbers"),
         ("rf/lognorm(0,0)", "s > 0"),
         ("rf/lognorm(nan,1)", "finite m"),
@@ -350,7 +434,9 @@ def test_exact_network_gives_exact_ends_velocity_and_rectified_field(name):
     z = path.interpolate(m.sample(n, g)[0].double(), torch.randn(n, 2, dtype=F64, generator=g), t)
     for got, exact in zip(f.ends(network)(z, t), m.ends(z, t, path), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(f.velocity(network)(z, t), m.velocity(z, t, path), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        f.velocity(network)(z, t), m.velocity(z, t, path), rtol=1e-6, atol=1e-6
+    )
     a, b, _, _ = path.coefficients(t)
     z_rf, t_rf = z / (a + b)[:, None], b / (a + b)
     exact = m.velocity(z_rf, t_rf, rf.RectifiedFlow())
@@ -359,14 +445,20 @@ def test_exact_network_gives_exact_ends_velocity_and_rectified_field(name):
 
 @every_formulation
 def test_sample_of_the_exact_network_lands_on_the_mixture(name):
-    """The components' shares, means and covariances, within 5 standard errors and the error of 100 steps.
+    """The components' shares, means and covariances, within 5 standard errors and the error of 100
+    steps.
 
-    Sampling ends with x0_hat at the last time's noise level s = b/a, and so with the covariance C (C + s^2)^-1 C:
-    the true C but for the EDM variants that never see little noise. Where the noise at t_max is not pure, the
-    shares are biased: what the paper complains of in the linear schedules.
+    Sampling ends with x0_hat at the last time's noise level s = b/a, and so with the covariance C
+    (C + s^2)^-1 C: the true C but for the EDM variants that never see little noise. Where the
+    noise at t_max is not pure, the shares are biased: what the paper complains of in the linear
+    schedules.
     """
     C = torch.tensor([[0.05, 0.02], [0.02, 0.1]], dtype=F64)
-    f, m, n = formulation(name), GaussianMixture([[1, 0.5], [-1, -0.5]], [C.tolist()] * 2, [1, 3]), 1000
+    f, m, n = (
+        formulation(name),
+        GaussianMixture([[1, 0.5], [-1, -0.5]], [C.tolist()] * 2, [1, 3]),
+        1000,
+    )
     noise = torch.randn(n, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     x = f.sample(exact_network(f, m), noise, steps=100)
     impure = (f.path.a(f.path.t_max) / f.path.b(f.path.t_max)).item()
@@ -390,25 +482,33 @@ def test_one_plane_step_is_exact_for_a_point_mass(name):
         return f.pair(x0.expand(len(z), 2), (z - a * x0) / b, t)[1]
 
     for steps in (1, 3):
-        torch.testing.assert_close(f.sample(network, noise, steps=steps), x0.expand(5, 2), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            f.sample(network, noise, steps=steps), x0.expand(5, 2), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_one_euler_step_is_exact_for_a_point_mass_on_rf():
     x0, z = torch.tensor([[2.0, -1.0]]), torch.randn(4, 2)
     v = rf.RectifiedFlow()
-    velocity = lambda z, t: v.conditional_velocity(z * 0.999 + x0 * 0.001, z, torch.full((4,), 0.999))  # noqa: E731
+    velocity = lambda z, t: v.conditional_velocity(
+        z * 0.999 + x0 * 0.001, z, torch.full((4,), 0.999)
+    )
     torch.testing.assert_close(solve(lambda z, t: z - x0, z, steps=1), x0.expand(4, 2))
     torch.testing.assert_close(solve(velocity, z, steps=1), x0.expand(4, 2), rtol=1e-3, atol=1e-3)
 
 
 def test_plane_step_is_ddim_and_euler():
-    """One plane step of rf is Euler in t; of edm, Euler in sigma; of eps/linear, DDIM as published."""
+    """One plane step of rf is Euler in t; of edm, Euler in sigma; of eps/linear, DDIM as
+    published.
+    """
     z, o = torch.randn(2, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     times = [0.9, 0.5, 0.2]  # the last step returns x0_hat: look at the z it starts from
     seen = {}
     for name in ("rf", "edm(0.00,1.20)", "eps/linear"):
         f, zs = formulation(name), []
-        f.sample(lambda z, t: (zs.append(z / f.path.c_in(t)[:, None]), o)[1], z, steps=2, times=times)  # noqa: B023
+        f.sample(
+            lambda z, t: (zs.append(z / f.path.c_in(t)[:, None]), o)[1], z, steps=2, times=times
+        )
         seen[name] = zs
     close(seen["rf"][1], 0.9 * z + (0.5 - 0.9) * o)
     path = EDM(0, 1.2)
@@ -417,7 +517,10 @@ def test_plane_step_is_ddim_and_euler():
     D = 0.25 * d**2 * s * z + s * 0.5 * d * o
     close(seen["edm(0.00,1.20)"][1], s * z + (e - s) * (s * z - D) / s)
     ldm = rf.LDMLinear()
-    (a, a2), (b, b2) = ldm.a(torch.tensor(times[:2], dtype=F64)), ldm.b(torch.tensor(times[:2], dtype=F64))
+    (a, a2), (b, b2) = (
+        ldm.a(torch.tensor(times[:2], dtype=F64)),
+        ldm.b(torch.tensor(times[:2], dtype=F64)),
+    )
     close(seen["eps/linear"][1], a2 * (b * z - b * o) / a + b2 * o)
 
 
@@ -426,7 +529,9 @@ def test_default_grids():
         f = formulation(name)
         grid = f.path.grid(10)
         assert grid.shape == (11,) and (grid.diff() < 0).all()
-        assert grid[0].item() == pytest.approx(f.path.t_max) and grid[-1].item() == pytest.approx(f.path.t_min)
+        assert grid[0].item() == pytest.approx(f.path.t_max) and grid[-1].item() == pytest.approx(
+            f.path.t_min
+        )
         if not name.startswith("edm("):
             close(grid.diff(), grid.diff().mean().expand(10))
     path = EDM()
@@ -443,7 +548,7 @@ def test_solvers_show_their_order(method, order):
     m = mixture()
     field = m.field(rf.RectifiedFlow())
     z = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    run = lambda steps, method: solve(field, z, steps=steps, t_end=0.2, method=method)  # noqa: E731
+    run = lambda steps, method: solve(field, z, steps=steps, t_end=0.2, method=method)
     truth = run(800, "rk4")
     steps = torch.tensor([40, 80, 160])
     errors = torch.stack([(run(int(n), method) - truth).norm() for n in steps])
@@ -452,18 +557,31 @@ def test_solvers_show_their_order(method, order):
 
 
 def test_solve_evaluates_once_a_stage_and_at_the_right_times():
-    for method, expected in (("euler", [1, 0.5]), ("heun", [1, 0.5, 0.5, 0]), ("rk4", [1, 0.75, 0.75, 0.5] + [0.5, 0.25, 0.25, 0])):
+    for method, expected in (
+        ("euler", [1, 0.5]),
+        ("heun", [1, 0.5, 0.5, 0]),
+        ("rk4", [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]),
+    ):
         seen = []
-        solve(lambda z, t: (seen.append(t.tolist()), z)[1], torch.ones(2, 1), steps=2, method=method)  # noqa: B023
+        solve(
+            lambda z, t: (seen.append(t.tolist()), z)[1], torch.ones(2, 1), steps=2, method=method
+        )
         assert seen == [[t] * 2 for t in expected]
 
 
 def test_solve_takes_times_and_an_interval_per_sample():
-    field = lambda z, t: torch.cos(t)[:, None] * torch.ones_like(z)  # noqa: E731
+    field = lambda z, t: torch.cos(t)[:, None] * torch.ones_like(z)
     z = torch.zeros(3, 1, dtype=F64)
     start, end = torch.tensor([1.0, 0.5, 0.7], dtype=F64), torch.tensor([0.0, 0.25, 0.7], dtype=F64)
-    close(solve(field, z, steps=20, t_start=start, t_end=end, method="rk4")[:, 0], end.sin() - start.sin(), 1e-8)
-    close(solve(field, z, steps=2, times=[1, 0.3, 0], method="euler")[:, 0], torch.full((3,), -0.7 * math.cos(1) - 0.3 * math.cos(0.3), dtype=F64))
+    close(
+        solve(field, z, steps=20, t_start=start, t_end=end, method="rk4")[:, 0],
+        end.sin() - start.sin(),
+        1e-8,
+    )
+    close(
+        solve(field, z, steps=2, times=[1, 0.3, 0], method="euler")[:, 0],
+        torch.full((3,), -0.7 * math.cos(1) - 0.3 * math.cos(0.3), dtype=F64),
+    )
     with pytest.raises(ValueError, match="unknown solver 'rk5'; choose from euler, heun, rk4"):
         solve(field, z, steps=1, method="rk5")
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -489,7 +607,10 @@ def test_guidance_is_one_doubled_batch():
     label, context = torch.tensor([1, 2, 3]), torch.randn(3, 4, 5)
     null = (torch.tensor(7), torch.zeros(4, 5))
     got = rf.guide(field, null, 2.5)(z, t, label, context)
-    cond, uncond = field(z, t, label, context), field(z, t, torch.full((3,), 7), torch.zeros(3, 4, 5))
+    cond, uncond = (
+        field(z, t, label, context),
+        field(z, t, torch.full((3,), 7), torch.zeros(3, 4, 5)),
+    )
     torch.testing.assert_close(got, uncond + 2.5 * (cond - uncond))
     assert calls == [6, 3, 3]
     assert rf.guide(field, null, 1) is field
@@ -504,7 +625,7 @@ def test_shift_is_5_3_2_and_applied_once(s):
     shifted = s * t / (1 + (s - 1) * t)
     close(rf.RectifiedFlow().shift(t, s), shifted)
     f = formulation("rf/lognorm(0.00,1.00)", shift=s)
-    draw = lambda f: f.draw(1000, torch.Generator().manual_seed(0)).double()  # noqa: E731
+    draw = lambda f: f.draw(1000, torch.Generator().manual_seed(0)).double()
     u = draw(formulation("rf/lognorm(0.00,1.00)"))
     torch.testing.assert_close(draw(f), s * u / (1 + (s - 1) * u), rtol=1e-5, atol=1e-6)
     seen = []
@@ -513,7 +634,9 @@ def test_shift_is_5_3_2_and_applied_once(s):
 
 
 def test_shifted_weight_holds_the_shifted_density():
-    """(18) with the density of sigmoid(u + log s), u ~ N(m, 1): a logit-normal with mean m + log s."""
+    """(18) with the density of sigmoid(u + log s), u ~ N(m, 1): a logit-normal with mean m + log
+    s.
+    """
     t = inner(50)
     shifted = formulation("rf/lognorm(0.50,1.00)", shift=3.0)
     close(shifted.weight(t), t / (1 - t) * LogitNormal(0.5 + math.log(3), 1).density(t), 1e-8)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_train import assert_one_line, in_process, run
 
 import sample
 from rf import solve
-from test_train import assert_one_line, in_process, run
 from toy2d import Image
 
 
@@ -30,15 +30,32 @@ def test_sampler_methods_agree_with_solve(sampler):
     guided = sampler.sample(noise, label, steps=4, cfg=3.0)
     assert not torch.allclose(guided, sampler.sample(noise, label, steps=4))
     null = torch.full((20,), 8)
-    torch.testing.assert_close(sampler.sample(noise, label, steps=4, cfg=0.0), sampler.sample(noise, null, steps=4))
+    torch.testing.assert_close(
+        sampler.sample(noise, label, steps=4, cfg=0.0), sampler.sample(noise, null, steps=4)
+    )
 
 
 def test_command_writes_png_and_npz(finished, tmp_path):
     checkpoint = finished[0] / "checkpoint.pt"
-    for out, flags in (("a.png", ["--solver", "heun"]), ("b.npz", ["--label", "2", "--cfg", "2", "--seed", "5"])):
-        done = run(checkpoint, "--num", 200, "--steps", 8, "--out", tmp_path / out, *flags, script="sample.py")
+    for out, flags in (
+        ("a.png", ["--solver", "heun"]),
+        ("b.npz", ["--label", "2", "--cfg", "2", "--seed", "5"]),
+    ):
+        done = run(
+            checkpoint,
+            "--num",
+            200,
+            "--steps",
+            8,
+            "--out",
+            tmp_path / out,
+            *flags,
+            script="sample.py",
+        )
         assert done.returncode == 0, done.stderr
-        assert "energy distance" in done.stdout and "exact field" in done.stdout and out in done.stdout
+        assert (
+            "energy distance" in done.stdout and "exact field" in done.stdout and out in done.stdout
+        )
     assert Image.open(tmp_path / "a.png").size[0] > 400
     arrays = np.load(tmp_path / "b.npz", allow_pickle=False)
     assert arrays["arr_0"].shape == (200, 2) and (arrays["arr_1"] == 2).all()
@@ -59,6 +76,8 @@ def test_command_writes_png_and_npz(finished, tmp_path):
     ids=" ".join,
 )
 def test_bad_input(finished, tmp_path, monkeypatch, capsys, flags, says):
-    done = in_process(sample.main, [finished[0] / "checkpoint.pt", *flags], tmp_path, monkeypatch, capsys)
+    done = in_process(
+        sample.main, [finished[0] / "checkpoint.pt", *flags], tmp_path, monkeypatch, capsys
+    )
     assert_one_line(done, says)
     assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from test_rf import F64, close, inner, mixture, paths
 
 import toy2d
 from rf import RectifiedFlow, formulation, solve
-from test_rf import F64, close, inner, mixture, paths
 from toy2d import MIXTURES, MLP, GaussianMixture, energy_distance, load_mixture, relative_excess
 
 
@@ -17,13 +17,19 @@ def test_log_density_integrates_to_one(path):
     m, axis = mixture(), torch.linspace(-12, 12, 401, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     for t in (0.1, 0.5):
-        mass = m.log_density(grid, torch.tensor(t, dtype=F64), path).exp().sum() * (axis[1] - axis[0]) ** 2
+        mass = (
+            m.log_density(grid, torch.tensor(t, dtype=F64), path).exp().sum()
+            * (axis[1] - axis[0]) ** 2
+        )
         assert mass.item() == pytest.approx(1, abs=1e-6)
 
 
 def test_log_density_at_t0_is_the_mixture():
     m, x = mixture(), torch.randn(50, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    parts = [torch.distributions.MultivariateNormal(mu, C).log_prob(x) for mu, C in zip(m.means, m.covs, strict=True)]
+    parts = [
+        torch.distributions.MultivariateNormal(mu, C).log_prob(x)
+        for mu, C in zip(m.means, m.covs, strict=True)
+    ]
     expected = torch.logsumexp(torch.stack(parts, 1) + m.weights.log(), 1)
     close(m.log_density(x, torch.zeros(50, dtype=F64), RectifiedFlow()), expected)
 
@@ -39,7 +45,9 @@ def test_continuity_equation(path):
     p = m.log_density(z, t, path).exp()
     (dp_dt,) = torch.autograd.grad(p.sum(), t, create_graph=True)
     flux = p[:, None] * m.velocity(z, t, path)
-    divergence = sum(torch.autograd.grad(flux[:, i].sum(), z, retain_graph=True)[0][:, i] for i in range(2))
+    divergence = sum(
+        torch.autograd.grad(flux[:, i].sum(), z, retain_graph=True)[0][:, i] for i in range(2)
+    )
     scale = dp_dt.abs().max()
     assert ((dp_dt + divergence).abs().max() / scale).item() < 1e-9
 
@@ -74,17 +82,22 @@ def test_labels_select_components_and_null_all():
 
 
 def test_exact_field_transports_noise_to_the_mixture():
-    """(1) from t = 1 to 0: p_1 arrives at p_0, by the density along the way (instantaneous change of variables)
-    and by energy distance."""
+    """(1) from t = 1 to 0: p_1 arrives at p_0, by the density along the way (instantaneous change
+    of variables) and by energy distance."""
     m = mixture()
     field = m.field(RectifiedFlow())
     noise = torch.randn(3000, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     x = solve(field, noise, steps=60, method="rk4")
-    data, other = m.sample(3000, torch.Generator().manual_seed(1))[0], m.sample(3000, torch.Generator().manual_seed(2))[0]
+    data, other = (
+        m.sample(3000, torch.Generator().manual_seed(1))[0],
+        m.sample(3000, torch.Generator().manual_seed(2))[0],
+    )
     assert abs(energy_distance(x, data)) < 3 * abs(energy_distance(other, data)) + 2e-3
     assert energy_distance(noise, data) > 0.05
     z = noise[:20]
-    jacobian = torch.autograd.functional.jacobian(lambda z: solve(field, z, steps=200, method="rk4").sum(0), z)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: solve(field, z, steps=200, method="rk4").sum(0), z
+    )
     log_det = torch.stack([jacobian[:, i].det().abs().log() for i in range(20)])
     x = solve(field, z, steps=200, method="rk4")
     one = torch.ones(20, dtype=F64)
@@ -110,17 +123,25 @@ def test_named_mixtures_have_unit_std_and_mean_zero(name):
 
 def test_ring_and_grid_are_as_specified():
     ring, grid = MIXTURES["ring"](), MIXTURES["grid"]()
-    assert ring.means.norm(dim=1).tolist() == pytest.approx([4] * 8) and ring.covs[0, 0, 0].item() == pytest.approx(0.09)
+    assert ring.means.norm(dim=1).tolist() == pytest.approx([4] * 8) and ring.covs[
+        0, 0, 0
+    ].item() == pytest.approx(0.09)
     assert len(grid.weights) == 25 and grid.covs[3, 1, 1].item() == pytest.approx(0.0225)
     spiral = MIXTURES["spiral"]()
-    assert (spiral.variances[:, 1] > 1.5 * spiral.variances[:, 0]).all() and spiral.weights.std() > 0.01
+    assert (
+        spiral.variances[:, 1] > 1.5 * spiral.variances[:, 0]
+    ).all() and spiral.weights.std() > 0.01
 
 
 def test_energy_distance_is_unbiased_and_right():
-    """Against the direct double loop, and against the closed form of two shifted point clouds' limit."""
+    """Against the direct double loop, and against the closed form of two shifted point clouds'
+    limit.
+    """
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 2, generator=g), torch.randn(40, 2, generator=g) + 0.5
-    mean = lambda a, b, skip: sum(math.dist(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (skip and i == j))  # noqa: E731
+    mean = lambda a, b, skip: sum(
+        math.dist(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (skip and i == j)
+    )
     xs, ys = x.tolist(), y.tolist()
     expected = 2 * mean(xs, ys, False) / 1200 - mean(xs, xs, True) / 870 - mean(ys, ys, True) / 1560
     assert energy_distance(x, y) == pytest.approx(expected, rel=1e-6)
@@ -133,8 +154,13 @@ def test_relative_excess_is_7_over_the_power_of_u():
     exact = m.field(RectifiedFlow())
     assert relative_excess(exact, f, m, n=4096) < 1e-12
     assert relative_excess(lambda z, t: 0 * z, f, m, n=4096) == pytest.approx(1)
-    assert relative_excess(lambda z, t: 1.1 * exact(z, t), f, m, n=4096) == pytest.approx(0.01, rel=1e-4)
-    assert relative_excess(lambda z, t, label: exact(z, t, label), f, m, conditional=True, n=4096) < 1e-12
+    assert relative_excess(lambda z, t: 1.1 * exact(z, t), f, m, n=4096) == pytest.approx(
+        0.01, rel=1e-4
+    )
+    assert (
+        relative_excess(lambda z, t, label: exact(z, t, label), f, m, conditional=True, n=4096)
+        < 1e-12
+    )
 
 
 def test_sample_figures_of_known_samples():
@@ -147,9 +173,13 @@ def test_sample_figures_of_known_samples():
 
 def test_yardsticks_of_the_exact_field_are_zero():
     m = load_mixture("ring")
-    y = toy2d.yardsticks(lambda z: solve(m.field(RectifiedFlow()), z, steps=50, method="heun"), m, seeds=1, n=500)
+    y = toy2d.yardsticks(
+        lambda z: solve(m.field(RectifiedFlow()), z, steps=50, method="heun"), m, seeds=1, n=500
+    )
     assert y["energy"] == 0 and y["outliers"] == y["exact_outliers"]
-    worse = toy2d.yardsticks(lambda z: solve(m.field(RectifiedFlow()), z, steps=3), m, seeds=1, n=500)
+    worse = toy2d.yardsticks(
+        lambda z: solve(m.field(RectifiedFlow()), z, steps=3), m, seeds=1, n=500
+    )
     assert worse["energy"] > 0.005
 
 
