@@ -573,12 +573,13 @@ def save_gif(
     zs, colours = trajectory(field, noise, torch.linspace(1, 0, frames + 1), *null), hues(noise)
     images = []
     for i in range(frames + 1):
-        canvas = Canvas(mixture, 320).glow(1 - i / frames).lines(zs[max(0, i - 5) : i + 1], colours)
-        canvas.points(zs[i], colours, 3)
-        images.append(
-            canvas.done(f"t = {1 - i / frames:.2f}").quantize(96, dither=Image.Dither.NONE)
-        )
+        t = 1 - i / frames
+        canvas = Canvas(mixture, 320).glow(t).lines(zs[max(0, i - 5) : i + 1], colours)
+        images.append(canvas.points(zs[i], colours, 3).done(f"t = {t:.2f}"))
+    palette = tile([images[:: max(1, frames // 4)]]).quantize(
+        200
+    )  # one for all, or colours flicker
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     pauses = [700] + [60] * (frames - 1) + [2500]
-    images[0].save(
-        file, save_all=True, append_images=images[1:], duration=pauses, loop=0, optimize=True
-    )
+    how = dict(save_all=True, duration=pauses, loop=0, optimize=True)
+    images[0].save(file, append_images=images[1:], **how)
