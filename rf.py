@@ -475,6 +475,8 @@ class Formulation:
         z/(a+b) lies on the RF path at b/(a+b). Beyond [t_min, t_max] the network is asked at the
         nearer end.
         """
+        if self.prediction == "velocity" and isinstance(self.path, RectifiedFlow):
+            return network  # it is one
         ends = self.ends(network)
 
         def rectified(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:

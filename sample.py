@@ -15,20 +15,21 @@ Read next: `train.py`, which writes the checkpoints.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 
-import data
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import data
 import toy2d
+from data import Parser, positive
 from mmdit import ClassMMDiT, MMDiT
+from perflow import PeRFlow, plug
 from rf import SOLVERS, Field, Formulation, RectifiedFlow, formulation, guide, solve
 
 
@@ -75,6 +76,7 @@ class Sampler:
     formulation: Formulation
     config: dict
     step: int
+    flow: PeRFlow | None = None  # of a PeRFlow student
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +84,12 @@ class Sampler:
 
     @property
     def velocity(self) -> Field:
-        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it was trained
-        to predict.
+        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it predicts.
+
+        (A PeRFlow student's of the epsilon parameterization is on its teacher's path.)
         """
+        if self.flow:
+            return self.flow.velocity(student_field(self.config, self.formulation, self.network))
         return self.formulation.rectified(self.network)
 
     @torch.no_grad()
@@ -93,14 +98,19 @@ class Sampler:
     ) -> Tensor:
         """Standard noise (B,...) -> x0 (B,...). ValueError on an unknown method or steps < 1.
 
-        euler is the formulation's own first-order step on its own grid (DDIM for
-        variance-preserving paths); heun and rk4 solve `velocity`. cfg is the scale of
-        classifier-free guidance, 1 is off.
+        euler is the formulation's own first-order step on its own grid (DDIM for variance-
+        preserving paths); heun and rk4 solve `velocity`. A PeRFlow student takes Euler steps inside
+        its windows, and no other. cfg is the scale of classifier-free guidance, 1 is off.
         """
         network = guide(self.network, self.network.null_cond, cfg)
         with torch.autocast(
             noise.device.type, torch.bfloat16, enabled=self.config["precision"] == "bf16"
         ):
+            if self.flow:
+                if method != "euler":
+                    raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
+                student = student_field(self.config, self.formulation, network)
+                return self.flow.sample(student, noise, *cond, steps=steps)
             if method == "euler":
                 return self.formulation.sample(network, noise, *cond, steps=steps)
             path = RectifiedFlow()
@@ -115,28 +125,49 @@ class Sampler:
             )
 
 
+def student_field(config: dict, formula: Formulation, network: Field) -> Field:
+    """What a PeRFlow student's network is trained as: a velocity field on the RF path, or
+    itself.
+    """
+    return network if config["parameterization"] == "epsilon" else formula.rectified(network)
+
+
+def perflow_of(config: dict, formula: Formulation, teacher: Field | None = None) -> PeRFlow | None:
+    """The PeRFlow of a student's configuration; sampling needs no teacher.
+
+    None for other models.
+    """
+    if not config.get("perflow"):
+        return None
+    kept = ("windows", "solver_steps", "parameterization", "gap", "reuse")
+    how = {key: config[key] for key in kept} | {"method": "heun"}
+    if config["parameterization"] == "epsilon":
+        if formula.prediction != "eps":
+            raise ValueError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
+        return PeRFlow(teacher and formula.velocity(teacher), formula.path, **how)
+    return PeRFlow(teacher and formula.rectified(teacher), RectifiedFlow(), **how)
+
+
 CHECKPOINT_KEYS = {"config", "step", "network", "ema", "optimizer"}
 
 
-def read_checkpoint(path: str | File) -> dict:
-    """The checkpoint's dict, on the CPU.
-
-    ValueError, in one line, on anything that is not a whole checkpoint.
-    """
+def read_torch(path: str | File, kind: str, keys: set[str]) -> dict:
+    """A file of torch.save, on the CPU. ValueError, in one line, on anything not whole."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"checkpoint {path}: {error.strerror or error}") from None
-    except (
-        Exception
-    ) as error:  # torch.load raises many kinds on damaged files, and on pickles it refuses to run
+        raise ValueError(f"{kind} {path}: {error.strerror or error}") from None
+    except Exception as error:  # of many kinds on damaged files, and on pickles it refuses to run
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged or no checkpoint: {reason[:120]}") from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
-        raise ValueError(
-            f"checkpoint {path} is not one of this project: no {', '.join(sorted(CHECKPOINT_KEYS))}"
-        )
-    return checkpoint
+        raise ValueError(f"{kind} {path} is damaged or no {kind}: {reason[:120]}") from None
+    if not isinstance(content, dict) or not content.keys() >= keys:
+        raise ValueError(f"{kind} {path} is not one of this project: no {', '.join(sorted(keys))}")
+    return content
+
+
+def read_checkpoint(path: str | File) -> dict:
+    """The checkpoint's dict, on the CPU. ValueError where it is missing, damaged or none."""
+    return read_torch(path, "checkpoint", CHECKPOINT_KEYS)
 
 
 def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
@@ -161,39 +192,26 @@ def load(path: str | File, device: str = "cpu") -> Sampler:
     except (KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path}: its configuration lacks {error}") from None
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
-    return Sampler(
-        network.to(check_device(device)).eval().requires_grad_(False),
-        formula,
-        config,
-        checkpoint["step"],
-    )
+    network = network.to(check_device(device)).eval().requires_grad_(False)
+    return Sampler(network, formula, config, checkpoint["step"], perflow_of(config, formula))
+
+
+def plugged(sampler: Sampler, file: str | File) -> Sampler:
+    """The sampler's network plus the Delta W of a PeRFlow student, and the student's windows.
+
+    ValueError where the delta is of another network, formulation or no delta at all.
+    """
+    delta = read_torch(file, "delta", {"delta", "config"})
+    own, config = sampler.config, delta["config"]
+    if own["formulation"] != config["formulation"]:
+        raise ValueError(f"{file} is of a {config['formulation']}, not of a {own['formulation']}")
+    plug(sampler.network, delta["delta"])
+    flow = perflow_of(config, sampler.formulation)
+    return replace(sampler, config={**config, **own, "perflow": config["perflow"]}, flow=flow)
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line, and what all commands share
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, with status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    @contextlib.contextmanager
-    def one_line_errors(self):
-        """Bad input (ValueError, OSError) ends the command in one line, not in a traceback."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(" ".join(str(error).split()))
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+# The command line
 
 
 def check_device(name: str) -> torch.device:
@@ -371,6 +389,7 @@ def main() -> None:
     parser.add_argument(
         "--label", type=int, help="class of a conditional model; all classes if not given"
     )
+    parser.add_argument("--plug", metavar="DELTA", help="add a PeRFlow delta.pt to the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise")
     parser.add_argument(
         "--data", help="a folder of latents with text, whose held-out conditions are used"
@@ -386,6 +405,8 @@ def main() -> None:
         if args.solver not in SOLVERS:
             raise ValueError(f"unknown solver {args.solver!r}; choose from {', '.join(SOLVERS)}")
         sampler = load(args.checkpoint, args.device)
+        if args.plug:
+            sampler = plugged(sampler, args.plug)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         toy = sampler.config["dataset"] == "toy2d"
         args.num = args.num or (2000 if toy else 100)

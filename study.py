@@ -1,6 +1,7 @@
 """The paper's experiments, and how fast this code is.
 
-    python study.py bench        the training step against a bare loop
+    python study.py bench                    the toy's training step against a bare loop
+    python study.py mmdit --depth 12         MM-DiT against a large matmul
 
 Time: t = 0 is data, t = 1 is noise. Read before: `rf.py` for the formulations, `train.py` for the
 loop.
@@ -18,8 +19,10 @@ import torch
 
 import toy2d
 import train
+from data import Parser, positive
+from mmdit import MMDiT
 from rf import formulation
-from sample import Parser, positive
+from sample import check_device, default_device
 
 
 def bare_loop(
@@ -81,6 +84,64 @@ def bench(args: argparse.Namespace) -> None:
         print(f"{name:38}{1e6 * step:10.0f}{ratio:13.2f}x")
 
 
+def bench_mmdit(args: argparse.Namespace) -> None:
+    """MM-DiT's forward and backward on noise: size, time, and FLOP/s against a large matmul's in
+    the same run.
+    """
+    device, dtype = (
+        check_device(args.device),
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision],
+    )
+    torch.set_float32_matmul_precision("high")
+    side = 16 * args.scale  # latents of 32 x 32 in patches of 2: 256 tokens
+    network = MMDiT(args.depth, pos_embed_max_size=side, qk_norm=args.precision == "bf16").to(
+        device
+    )
+    model = torch.compile(network) if args.compile else network
+    x, t = (
+        torch.randn(args.batch_size, 16, 2 * side, 2 * side, device=device),
+        torch.rand(args.batch_size, device=device),
+    )
+    context = torch.randn(args.batch_size, args.context, 4096, device=device)
+    pooled = torch.randn(args.batch_size, 2048, device=device)
+
+    def step() -> None:
+        network.zero_grad()
+        with train.autocast({"precision": args.precision}, device):
+            out = model(x, t, context, pooled)
+        out.float().square().mean().backward()
+
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    matmul = 2 * n**3 / timed(lambda: a @ b, device)
+    time_step = timed(step, device)
+    flops = (
+        3 * args.batch_size * network.flops(2 * side, 2 * side, args.context)
+    )  # backward is twice forward
+    size = sum(p.numel() for p in network.parameters())
+    tokens = f"{side * side} + {args.context} tokens, batch {args.batch_size}"
+    print(
+        f"MM-DiT depth {args.depth}, {size / 1e6:.1f}M parameters, {tokens}, {args.precision}, {device}"
+    )
+    print(f"forward + backward {1e3 * time_step:.1f} ms, {flops / time_step / 1e12:.3f} TFLOP/s")
+    print(
+        f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {flops / time_step / matmul:.0%} of it is reached"
+    )
+
+
+def timed(run: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    """The median time of a call in seconds, after two to warm up."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(rounds + 2):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
 def seconds(loop: Iterator, steps: int) -> float:
     start = time.perf_counter()
     for _ in range(steps):
@@ -95,9 +156,22 @@ def main() -> None:
         "bench", help="the training step against a bare loop, interleaved"
     ).add_argument
     add("--rounds", type=positive, default=12, help="of 250 steps each (default: 12)")
+    add = commands.add_parser("mmdit", help="MM-DiT's speed against a large matmul's").add_argument
+    add("--depth", type=positive, default=6, help="blocks, heads, width / 64 (default: 6)")
+    add(
+        "--scale",
+        type=positive,
+        default=1,
+        help="latents of 32 SCALE, 256 SCALE^2 tokens (default: 1)",
+    )
+    add("--context", type=positive, default=77, help="context tokens (default: 77)")
+    add("--batch-size", type=positive, default=4, help="(default: 4)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--device", default=default_device(), help="cpu, cuda, ...")
     args = parser.parse_args()
     with parser.one_line_errors():
-        run: Callable = {"bench": bench}[args.command]
+        run: Callable = {"bench": bench, "mmdit": bench_mmdit}[args.command]
         run(args)
 
 

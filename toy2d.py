@@ -10,6 +10,7 @@ which compares the 61 formulations on them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -545,6 +546,23 @@ def draw_field(field: Field, mixture: GaussianMixture, *null: Tensor) -> Image.I
     return tile(
         rows, "The learned velocity v(z, t) and the exact u(z, t); samples move against the arrows"
     )
+
+
+@torch.no_grad()
+def draw_windows(fields: dict[str, Field], mixture, edges: list[float], *null: Tensor):
+    """PeRFlow: trajectories of teacher and student from the same noise, with dots at the edges."""
+    noise = torch.randn(120, 2, generator=torch.Generator().manual_seed(3))
+    null = tuple(c.expand(len(noise)) for c in null)
+    panels, colours = [], hues(noise)
+    for name, field in fields.items():
+        canvas, z = Canvas(mixture, 480).glow(0), noise
+        for t, s in itertools.pairwise(edges):
+            zs = trajectory(field, z, torch.linspace(t, s, 33), *null, method="euler")
+            canvas.lines(zs, colours, 170).points(zs[-1], colours, 5 if s else 3)
+            z = zs[-1]
+        dots = ", ".join(f"{t:g}" for t in edges[1:])
+        panels.append(canvas.done(f"{name}, dots at t = {dots}"))
+    return tile([panels], "Trajectories from the same noise: straight inside each window")
 
 
 def draw_samples(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -35,10 +36,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import perflow
 import sample
 import toy2d
-from rf import Formulation, formulation
-from sample import Parser, Sampler, check_device, default_device, positive
+from data import Parser, positive
+from rf import Field, formulation, guide
+from sample import Sampler, check_device, default_device
 
 # --------------------------------------------------------------------------------------------------
 # The knobs of a run: the flags' defaults for each data set, and what has no flag
@@ -90,8 +93,32 @@ PRESETS = {
     "latents": IMAGES | dict(depth=12, steps=500_000, lr=1e-4, dropout=[0.464, 0.464]),
 }
 DEFAULTS = dict(
-    mixture="ring", conditional=False, accumulate=1, compile=False, shift=1.0, seed=0, data=None
+    mixture="ring",
+    conditional=False,
+    accumulate=1,
+    compile=False,
+    shift=1.0,
+    seed=0,
+    data=None,
+    perflow=None,
+    reuse=1,  # examples made of each datum
 )
+# A PeRFlow student takes its teacher's configuration but for these
+PERFLOW = dict(
+    windows=4,
+    solver_steps=8,
+    guidance="sync",
+    teacher_cfg=1.0,
+    parameterization="velocity",
+    gap=0.25,
+    reuse=4,  # draws of t that share a solve of the teacher
+    eval_every=1000,
+)
+PERFLOW_PRESETS = {
+    "toy2d": dict(steps=8_000, batch_size=1024, lr=2e-3),
+    "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4),
+    "latents": dict(steps=20_000, batch_size=256, lr=5e-5),
+}
 MAY_CHANGE = ("steps", "accumulate", "compile", "data")  # between a run and its resumption
 
 
@@ -104,14 +131,8 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("--dataset", help=f"one of {', '.join(PRESETS)} (default: toy2d)")
-    add(
-        "--data",
-        help="folder of cifar-10-binary.tar.gz or its unpacked files, or of the latents",
-    )
-    add(
-        "--mixture",
-        help=f"toy2d: {', '.join(toy2d.MIXTURES)} or FILE.json: means, covs, weights",
-    )
+    add("--data", help="folder of cifar-10-binary.tar.gz or its unpacked files, or of the latents")
+    add("--mixture", help=f"toy2d: {', '.join(toy2d.MIXTURES)} or FILE.json: means, covs, weights")
     add(
         "--conditional",
         action="store_true",
@@ -143,6 +164,20 @@ def make_parser() -> Parser:
     add("--lr", type=float, help="learning rate, after the warm-up")
     add("--precision", choices=["fp32", "bf16"], help="of the network; all else is float32")
     add("--compile", action="store_true", default=None, help="torch.compile the network")
+    add("--perflow", metavar="TEACHER", help="train a PeRFlow student of this checkpoint")
+    add("--windows", type=positive, help="PeRFlow's K, its fewest steps; 1 is reflow (default: 4)")
+    add("--solver-steps", type=positive, help="teacher's evaluations in a window (default: 8)")
+    add(
+        "--parameterization",
+        choices=["velocity", "epsilon"],
+        help="PeRFlow's target; epsilon for eps/linear teachers only (default: velocity)",
+    )
+    add(
+        "--guidance",
+        choices=["sync", "fixed"],
+        help="PeRFlow: guide the student when sampling, or the teacher now (default: sync)",
+    )
+    add("--teacher-cfg", type=float, help="guidance scale of the teacher, for fixed (default: 1)")
     add("--seed", type=int, help="of everything drawn (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
@@ -164,15 +199,20 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         for k, v in vars(args).items()
         if v is not None and k not in ("out", "resume", "device")
     }
-    name = given.setdefault("dataset", "toy2d")
+    student = "perflow" in given and not args.resume
+    teacher = sample.load(given["perflow"]).config if student else {}
+    if teacher.get("perflow"):
+        raise ValueError(f"--perflow {args.perflow} is itself a PeRFlow student; take its teacher")
+    name = given.setdefault("dataset", teacher.get("dataset", "toy2d"))
     if name not in PRESETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(PRESETS)}")
-    folders = (File("runs") / f"{name}{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
+    base = f"{name}-perflow" if student else name
+    folders = (File("runs") / f"{base}{f'-{i}' if i > 1 else ''}" for i in itertools.count(1))
     taken = list(itertools.takewhile(lambda folder: (folder / "checkpoint.pt").exists(), folders))
     if "mixture" in given:
         given["mixture"] = toy2d.load_mixture(given["mixture"]).spec()
     if args.resume:
-        out = args.out or (taken[-1] if taken else File("runs") / name)
+        out = args.out or (taken[-1] if taken else File("runs") / base)
         checkpoint = sample.read_checkpoint(out / "checkpoint.pt")
         config = checkpoint["config"]
         for key, value in given.items():
@@ -187,12 +227,28 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
                 )
         return config | {key: given[key] for key in MAY_CHANGE if key in given}, out, checkpoint
     config = DEFAULTS | PRESETS[name] | given
+    if student:
+        for key in ("dataset", "mixture", "network", "depth", "formulation", "conditional"):
+            if given.get(key, teacher[key]) != teacher[key]:
+                flag = f"--{key} {getattr(args, key)}"
+                raise ValueError(f"{flag} is not the teacher's, which is {str(teacher[key])[:80]}")
+        config = teacher | PERFLOW | PERFLOW_PRESETS[name] | given
+        scale, guidance = config["teacher_cfg"], config["guidance"]
+        if guidance == "fixed":
+            config["dropout"] = [0.0] * len(config["dropout"])
+        if (scale != 1) != (guidance == "fixed"):
+            raise ValueError(
+                f"--guidance {guidance} --teacher-cfg {scale:g} do not go together: fixed solves "
+                "the teacher with a scale other than 1, sync without guidance"
+            )
+    elif unused := sorted(given.keys() & (PERFLOW.keys() - {"reuse"})):
+        raise ValueError(f"--{unused[0].replace('_', '-')} needs --perflow TEACHER")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
         raise ValueError(f"--lr {config['lr']} is not a positive number")
     formulation(config["formulation"], config["shift"])  # so that a bad name ends here
     if isinstance(config["mixture"], str):
         config["mixture"] = toy2d.load_mixture(config["mixture"]).spec()
-    out = args.out or File("runs") / (f"{name}-{len(taken) + 1}" if taken else name)
+    out = args.out or File("runs") / (f"{base}-{len(taken) + 1}" if taken else base)
     if (out / "checkpoint.pt").exists():
         raise ValueError(
             f"--out {out} holds a run already: --resume goes on with it, another --out keeps it"
@@ -234,7 +290,7 @@ def make_source(
     """A function block -> [x0, *cond]: the data of one micro-batch, for a block of steps, on the
     device.
     """
-    size = config["batch_size"] // micros
+    size = config["batch_size"] // micros // config["reuse"]
     if config["dataset"] == "toy2d":
         draw = lambda block: dataset.sample(
             size * config["block"], seeded(config["seed"], block, micro)
@@ -270,7 +326,7 @@ def examples(
         x0, *cond = source(block)
         generator = seeded(config["seed"], block, micro, 0, device=device)
         cond = drop(cond, null_cond, config["dropout"], generator)
-        rows = objective.examples(x0, *cond, generator=generator)
+        rows = objective.examples(x0, *cond, generator=generator)  # reuse times as many
         return list(zip(*(x.split(len(x) // size) for x in rows), strict=True))
 
     with ThreadPoolExecutor(1) as thread:
@@ -310,26 +366,27 @@ def autocast(config: dict, device: torch.device) -> contextlib.AbstractContextMa
 
 
 def update(
-    model: nn.Module,
+    field: Field,
     network: nn.Module,
     ema: list[Tensor],
     optimizer,
     config: dict,
     step: int,
     batches,
+    no_sync=contextlib.nullcontext,
 ) -> Tensor:
     """One optimizer step on micro-batches (z, t, target, *cond): the loss (8), AdamW, the EMA.
 
-    model is what is called (compiled, distributed), network holds the parameters. Returns the
-    loss, on the device.
+    field is what is called: the network, maybe compiled, distributed, or seen as a velocity field.
+    no_sync keeps DDP from adding up before the last micro-batch. Returns the loss, on the device.
     """
     total = 0
     optimizer.zero_grad()
     for i, (z, t, target, *cond) in enumerate(batches):
         last = i == len(batches) - 1  # DDP adds up over ranks only then
-        with contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync():
+        with contextlib.nullcontext() if last else no_sync():
             with autocast(config, z.device):
-                o = model(z, t, *cond)
+                o = field(z, t, *cond)
             loss = (o.float() - target).square().mean() / len(batches)
             loss.backward()
         total = total + loss.detach()
@@ -353,16 +410,17 @@ def update(
 
 
 @torch.no_grad()
-def validation_loss(network: nn.Module, objective: Formulation, x0: Tensor, *cond: Tensor) -> float:
-    """The loss at the midpoints t = (i + 1/2)/8 (the ends are singular for some paths), on fixed
-    data and noise.
+def validation_loss(network: Field, objective, x0: Tensor, *cond: Tensor) -> float:
+    """The loss at t = (i + 1/2)/8 (the ends are singular for some paths), on fixed data and
+    noise.
     """
     eps, losses = torch.randn(x0.shape, generator=seeded(1, 0)).to(x0.device), []
     for t, rows in itertools.product(
         (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(1024)
     ):
-        z, target = objective.pair(x0[rows], eps[rows], t.to(x0.device).expand(len(rows)))
-        o = network(z, t.to(x0.device).expand(len(rows)), *(c[rows] for c in cond))
+        t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
+        z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
+        o = network(z, t, *rows_cond)
         losses.append((o.float() - target).square().flatten(1).mean(1))
     return torch.cat(losses).mean().item()
 
@@ -370,16 +428,20 @@ def validation_loss(network: nn.Module, objective: Formulation, x0: Tensor, *con
 def evaluate(sampler: Sampler, dataset, validation: list[Tensor]) -> dict[str, float]:
     """What the log and the progress bar show."""
     config, network = sampler.config, sampler.network
+    formula, flow = sampler.formulation, sampler.flow
     with autocast(config, validation[0].device):
-        figures = {"val_loss": validation_loss(network, sampler.formulation, *validation)}
+        if flow:
+            student = sample.student_field(config, formula, network)
+            shown = lambda z, t, *cond: student(z, flow.clock(t), *cond)
+            return {"val_loss": validation_loss(shown, flow, *validation)}
+        figures = {"val_loss": validation_loss(network, formula, *validation)}
     if config["dataset"] == "toy2d" and validation[0].device.type == "cpu":
-        figures["excess"] = toy2d.relative_excess(
-            network, sampler.formulation, dataset, config["conditional"], n=8192
-        )
+        conditional = config["conditional"]
+        figures["excess"] = toy2d.relative_excess(network, formula, dataset, conditional, n=8192)
     return figures
 
 
-def save_grid(sampler: Sampler, out: File, dataset, cfg: float) -> None:
+def save_grid(sampler: Sampler, out: File, dataset, cfg: float, steps=50, name="samples") -> None:
     """OUT/samples.png: ten classes (or 80 held-out texts) in 50 steps.
 
     Without the VAE, latents stay latents.
@@ -389,12 +451,12 @@ def save_grid(sampler: Sampler, out: File, dataset, cfg: float) -> None:
         cond, names = sample.class_rows(spec, columns=8)
     else:
         _, *cond = dataset.validation(80)
-    x0 = sample.draw(sampler, cond, seed=0, steps=50, cfg=cfg)
+    x0 = sample.draw(sampler, cond, seed=0, steps=steps, cfg=cfg)
     images = sample.pictures(sampler.config, x0)
     if images is None:
-        np.savez(out / "samples.npz", x0.numpy())
+        np.savez(out / f"{name}.npz", x0.numpy())
     else:
-        sample.draw_grid(images, 8, names).save(out / "samples.png")
+        sample.draw_grid(images, 8, names).save(out / f"{name}.png")
 
 
 def report(sampler: Sampler, out: File, dataset) -> None:
@@ -426,6 +488,52 @@ def report(sampler: Sampler, out: File, dataset) -> None:
     toy2d.draw_field(field, dataset, *null).save(out / "field.png")
     toy2d.save_gif(out / "flow.gif", field, dataset, *null)
     print(f"pictures: {out}/flow.png, {out}/field.png, {out}/flow.gif")
+
+
+def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> None:
+    """At the end of a PeRFlow run: delta.pt, and teacher against student at equal evaluations."""
+    config, K = sampler.config, sampler.flow.windows
+    delta = perflow.delta(sampler.network, teacher.network)
+    save(out / "delta.pt", {"delta": delta, "config": config})
+    norm = lambda state: math.sqrt(sum(x.double().square().sum().item() for x in state.values()))
+    change = norm(delta) / norm(teacher.network.state_dict())
+    print(f"{out}/delta.pt: |Delta W|/|W| = {change:.3f}")
+    if config["dataset"] != "toy2d":
+        cfg = 2.0 if config["guidance"] == "sync" else 1.0
+        for model, name in ((teacher, "teacher"), (sampler, "student")):
+            for steps in (K, 50 if model is teacher else 2 * K):
+                save_grid(model, out, dataset, cfg, steps, f"{name}-{steps}")
+        print(f"pictures: {out}/teacher-{K}.png, teacher-50, student-{K}, student-{2 * K}")
+        return
+    print(f"{'':12}{'energy distance above the exact field':>40}{'further than 4 sigma':>28}")
+    print(f"{'evaluations':12}{'teacher':>20}{'student':>20}{'teacher':>14}{'student':>14}")
+    energy = {}
+    for steps in (1, 2, 4, 8, 16, 32, 100):
+        left, right = "", ""
+        for model in (teacher, sampler):
+            if model is sampler and steps < K:
+                left, right = left + f"{'-':>20}", right + f"{'-':>14}"
+                continue
+            run = functools.partial(model.sample, steps=steps)
+            y = toy2d.yardsticks(run, dataset, config["conditional"])
+            energy[model is sampler, steps] = y["energy"]
+            left += f"{y['energy']:13.2e} +-{y['energy_error']:.0e}"
+            right += f"{y['outliers']:14.2%}"
+        print(f"{steps:<12}{left}{right}")
+    if K <= 4:
+        gap = energy[False, 4] - energy[False, 100]
+        closed = (energy[False, 4] - energy[True, 4]) / gap
+        print(f"4-step gap (the teacher's 4 steps less its 100) closed: {closed:.1%}")
+    reference = toy2d.reference(dataset, 0, 10_000, config["conditional"])
+    cond = [reference.labels[:2000]] * config["conditional"]
+    for model, name in ((teacher, "teacher"), (sampler, "student")):
+        ratios = sampler.flow.straightness(model.velocity, reference.noise[:2000], *cond)
+        windows = " ".join(f"{r:.1e}" for r in ratios.tolist())
+        print(f"curvature of the {name}: mean {ratios.mean():.1e}, by window {windows}")
+    edges = sampler.flow.edges.flip(0).tolist()
+    fields = {"teacher": teacher.velocity, "student": sampler.velocity}
+    toy2d.draw_windows(fields, dataset, edges, *sampler.network.null_cond).save(out / "windows.png")
+    print(f"pictures: {out}/windows.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,7 +583,7 @@ def main() -> None:
             f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world > 1 else name
         )
         micros = world * config["accumulate"]
-        if config["batch_size"] % micros:
+        if config["batch_size"] % (micros * config["reuse"]):
             raise ValueError(
                 f"--batch-size {config['batch_size']} does not divide into {micros} micro-batches"
             )
@@ -484,9 +592,13 @@ def main() -> None:
             if checkpoint and config["spec"] != dataset.spec():
                 raise ValueError(f"the data in {config['data']} are not those of the run in {out}")
             config["spec"] = dataset.spec()
-        objective = formulation(config["formulation"], config["shift"])
+        formula = formulation(config["formulation"], config["shift"])
         torch.manual_seed(config["seed"])
         network = sample.build(config).to(device)
+        teacher = None
+        if config["perflow"]:
+            teacher = sample.load(config["perflow"], device)
+            network.load_state_dict(teacher.network.state_dict())
         average = copy.deepcopy(network).requires_grad_(False).eval()
         optimizer = make_optimizer(network, config)
         start = 0
@@ -515,11 +627,22 @@ def main() -> None:
     if config["network"] == "mlp":
         torch.set_num_threads(1)  # for this MLP two threads are slower than one
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    objective, flow = formula, None
+    if teacher:
+        guided = guide(teacher.network, network.null_cond, config["teacher_cfg"])
+
+        def solved(z: Tensor, *rest: Tensor) -> Tensor:  # in a thread of its own, autocast too
+            with autocast(config, z.device):
+                return guided(z, *rest).float()
+
+        objective = flow = sample.perflow_of(config, formula, solved)
     model = torch.compile(network) if config["compile"] else network
     if world > 1:
         model = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    field = sample.student_field(config, formula, model) if flow else model
+    no_sync = model.no_sync if world > 1 else contextlib.nullcontext
     streams = []
     for micro in range(rank * config["accumulate"], (rank + 1) * config["accumulate"]):
         source = make_source(config, dataset, device, micro, micros)
@@ -534,11 +657,10 @@ def main() -> None:
             x0, *cond = dataset.validation(config["validation"])
             x0 = dataset.to_float(x0)
         validation = [x.to(device) for x in (x0, *cond)]
-    sampler = Sampler(average, objective, config, config["steps"])
+    sampler = Sampler(average, formula, config, config["steps"], flow)
 
-    stop: list[
-        int
-    ] = []  # Ctrl-C and SIGTERM are noticed at log time; a second one ends the process at once
+    # Ctrl-C and SIGTERM are noticed at log time; a second one ends the process at once
+    stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     losses: list[Tensor] = []
@@ -551,7 +673,7 @@ def main() -> None:
     for step in bar:
         losses.append(
             update(
-                model, network, ema, optimizer, config, step, [next(stream) for stream in streams]
+                field, network, ema, optimizer, config, step, [next(s) for s in streams], no_sync
             )
         )
         done = step + 1
@@ -601,12 +723,13 @@ def main() -> None:
             torch.set_num_threads(os.cpu_count() or 1)
         if config["dataset"] == "toy2d":
             average.cpu()
-        report(sampler, out, dataset)
-        number = (
-            "--num 2000 --steps 8"
-            if config["dataset"] == "toy2d"
-            else "--num 100 --steps 50 --cfg 2"
-        )
+        if teacher:
+            teacher.network.to(sampler.device)
+            report_student(sampler, teacher, out, dataset)
+        else:
+            report(sampler, out, dataset)
+        few = flow.windows if flow else 8 if config["dataset"] == "toy2d" else 50
+        number = f"--num {2000 if config['dataset'] == 'toy2d' else 100} --steps {few}"
         print(f"next: python sample.py {out}/checkpoint.pt {number} --out samples.png")
     if world > 1:
         dist.destroy_process_group()

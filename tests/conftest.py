@@ -10,7 +10,7 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """One whole conditional run on the toy, as a user would start it: its folder, and what it printed."""
+    """One whole conditional run on the toy, as a user starts it: its folder, its output."""
     out = tmp_path_factory.mktemp("run") / "whole"
     script = Path(__file__).parent.parent / "train.py"
     flags = f"--dataset toy2d --conditional --steps 450 --batch-size 32 --seed 3 --out {out}"
