@@ -346,16 +346,15 @@ def encode(
         start, row = file.tell(), 2 * math.prod(shape[1:])
         done = max(0, part.stat().st_size - start) // row // batch_size * batch_size
         file.truncate(file.seek(start + done * row))
-        bar = tqdm(total=len(files), initial=done, desc=str(out), unit="image")
-        for i in range(done, len(files), batch_size):
-            batch = files[i : i + batch_size]
-            x = np.stack(list(threads.map(load_image, batch, [size] * len(batch))))
-            x = Cifar10.to_float(torch.from_numpy(x).to(device))
-            z = (model.encode(x).latent_dist.mean - meta["shift"]) * meta["scaling"]
-            file.write(z.half().cpu().numpy().tobytes())
-            file.flush()
-            bar.update(len(batch))
-        bar.close()
+        with tqdm(total=len(files), initial=done, desc=str(out), unit="image") as bar:
+            for i in range(done, len(files), batch_size):
+                batch = files[i : i + batch_size]
+                x = np.stack(list(threads.map(load_image, batch, [size] * len(batch))))
+                x = Cifar10.to_float(torch.from_numpy(x).to(device))
+                z = (model.encode(x).latent_dist.mean - meta["shift"]) * meta["scaling"]
+                file.write(z.half().cpu().numpy().tobytes())
+                file.flush()
+                bar.update(len(batch))
         os.fsync(file.fileno())
     part.replace(out / "latents.npy")
 

@@ -626,7 +626,7 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if config["network"] == "mlp":
         torch.set_num_threads(1)  # for this MLP two threads are slower than one
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    torch.backends.cuda.matmul.allow_tf32 = True
     objective, flow = formula, None
     if teacher:
         guided = guide(teacher.network, network.null_cond, config["teacher_cfg"])
