@@ -1,5 +1,8 @@
 """The paper's experiments, and how fast this code is.
 
+    python study.py rank                     SD3's Table 1 (section 5.1), about 20 minutes
+    python study.py exact                    what each path costs, with the exact field
+    python study.py paths, densities         pictures of both
     python study.py bench                    the toy's training step against a bare loop
     python study.py mmdit --depth 12         MM-DiT against a large matmul
 
@@ -11,17 +14,29 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import math
+import multiprocessing
+import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path as File
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
 
 import toy2d
 import train
 from data import Parser, positive
 from mmdit import MMDiT
-from rf import formulation
+from rf import EDM, STUDY, Field, Formulation, formulation, solve
 from sample import check_device, default_device
 
 
@@ -113,20 +128,18 @@ def bench_mmdit(args: argparse.Namespace) -> None:
 
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    matmul = 2 * n**3 / timed(lambda: a @ b, device)
+    product = torch.empty_like(a)
+    matmul = 2 * n**3 / timed(lambda: torch.mm(a, b, out=product), device)
     time_step = timed(step, device)
     flops = (
         3 * args.batch_size * network.flops(2 * side, 2 * side, args.context)
     )  # backward is twice forward
     size = sum(p.numel() for p in network.parameters())
     tokens = f"{side * side} + {args.context} tokens, batch {args.batch_size}"
-    print(
-        f"MM-DiT depth {args.depth}, {size / 1e6:.1f}M parameters, {tokens}, {args.precision}, {device}"
-    )
+    print(f"MM-DiT depth {args.depth}, {size / 1e6:.1f}M, {tokens}, {args.precision}, {device}")
     print(f"forward + backward {1e3 * time_step:.1f} ms, {flops / time_step / 1e12:.3f} TFLOP/s")
-    print(
-        f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {flops / time_step / matmul:.0%} of it is reached"
-    )
+    share = flops / time_step / matmul
+    print(f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {share:.0%} of it is reached")
 
 
 def timed(run: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
@@ -149,6 +162,300 @@ def seconds(loop: Iterator, steps: int) -> float:
     return time.perf_counter() - start
 
 
+# --------------------------------------------------------------------------------------------------
+# SD3's Table 1 in two dimensions
+
+PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
+    "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
+    "rf/lognorm(1.00,0.60)": (2.08, 3.50, 2.00),
+    "rf/lognorm(0.50,0.60)": (2.71, 8.50, 1.00),
+    "rf/mode(1.29)": (2.75, 3.25, 3.00),
+    "rf/lognorm(0.50,1.00)": (2.83, 1.50, 2.50),
+    "eps/linear": (2.88, 4.25, 2.75),
+    "rf/mode(1.75)": (3.33, 2.75, 2.75),
+    "rf/cosmap": (4.13, 3.75, 4.00),
+    "edm(0.00,0.60)": (5.63, 13.25, 3.25),
+    "rf": (5.67, 6.50, 5.75),
+    "v/linear": (6.83, 5.75, 7.75),
+    "edm(0.60,1.20)": (9.00, 13.00, 9.00),
+    "v/cos": (9.17, 12.25, 8.75),
+    "edm/cos": (11.04, 14.25, 11.25),
+    "edm/rf": (13.04, 15.25, 13.25),
+    "edm(-1.20,1.20)": (15.58, 20.25, 15.00),
+}
+STEPS = (5, 10, 25, 50)
+
+
+def study_mixture(name: str) -> toy2d.GaussianMixture:
+    """A named mixture of unit standard deviation, or with "-unscaled" behind it as it was
+    before.
+    """
+    raw = name.removesuffix("-unscaled")
+    return toy2d.MIXTURES[raw]() if raw != name else toy2d.load_mixture(name)
+
+
+@lru_cache(maxsize=4)
+def cached_mixture(name: str) -> toy2d.GaussianMixture:
+    return study_mixture(name)
+
+
+def trained(name: str, mixture_name: str, seed: int, steps: int) -> dict:
+    """One run of the study: train, sample the EMA weights with each number of steps, measure."""
+    torch.set_num_threads(1)
+    mixture, formula, cpu = cached_mixture(mixture_name), formulation(name), torch.device("cpu")
+    config = train.DEFAULTS | train.PRESETS["toy2d"]
+    config |= {"dataset": "toy2d", "steps": steps, "seed": seed, "formulation": name}
+    torch.manual_seed(seed)
+    network = toy2d.MLP()
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer, ema = train.make_optimizer(network, config), list(average.parameters())
+    source = train.make_source(config, mixture, cpu, 0, 1)
+    stream = train.examples(config, formula, source, (), 0, 0, cpu)
+    for step, batch in zip(range(steps), stream, strict=False):
+        train.update(network, network, ema, optimizer, config, step, [batch])
+    stream.close()
+    run = {"name": name, "mixture": mixture_name, "seed": seed, "steps": steps}
+    run["excess"] = toy2d.relative_excess(average, formula, mixture)
+    return run | {str(n): measured(formula, average, mixture, seed, n) for n in STEPS}
+
+
+@torch.no_grad()
+def measured(formula, network, mixture: toy2d.GaussianMixture, seed: int, steps: int) -> dict:
+    """Energy distance above the exact field's from the same noise, and the share of outliers."""
+    data, _, noise, exact = toy2d.reference(mixture, seed)
+    figures = toy2d.sample_figures(formula.sample(network, noise, steps=steps), data, mixture)
+    return {"energy": figures["energy"] - exact["energy"], "outliers": figures["outliers"]}
+
+
+def run_file(out: File, name: str, mixture: str, seed: int) -> File:
+    return out / f"{re.sub('[^a-z0-9.-]+', '_', name)}-{mixture}-{seed}.json"
+
+
+def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
+    """The runs of these (name, mixture, seed): those in `out` are read, the others made and
+    kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not run_file(out, *job).exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        running = {pool.submit(trained, *job, steps): job for job in missing}
+        bar = tqdm(as_completed(running), initial=len(jobs) - len(missing), total=len(jobs))
+        for future in bar:
+            file = run_file(out, *running[future])
+            file.with_suffix(".tmp").write_text(json.dumps(future.result()))
+            file.with_suffix(".tmp").replace(file)
+    runs = [json.loads(run_file(out, *job).read_text()) for job in jobs]
+    if other := [run for run in runs if run["steps"] != steps]:
+        raise ValueError(
+            f"--out {out} holds runs of {other[0]['steps']} steps, not {steps}; take another --out"
+        )
+    return runs
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """1 for the smallest; equals share their mean rank."""
+    values = np.asarray(values)
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) + 1) / 2
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def mean_ranks(runs: list[dict], names: list[str], steps: Sequence[int]) -> np.ndarray:
+    """Each name's rank by energy distance, averaged over seeds, mixtures and these step counts."""
+    settings: dict[tuple, dict[str, float]] = {}
+    for run in runs:
+        for n in steps:
+            key = run["mixture"], run["seed"], n
+            settings.setdefault(key, {})[run["name"]] = run[str(n)]["energy"]
+    return np.mean([ranks([s[name] for name in names]) for s in settings.values()], axis=0)
+
+
+def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> str:
+    """The study's table in Markdown, best mean rank first, and the correlation with the paper's."""
+    columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
+    shown = [(m, n) for m in mixtures for n in STEPS]
+    lines = [
+        "| variant | rank all | 5 | 50 | paper all | 5 | 50 | "
+        + " | ".join(f"{m} {n}" for m, n in shown)
+        + " | outliers 50 | excess |",
+        "|---|" + "---|" * (6 + len(shown) + 2),
+    ]
+    for i in np.argsort(columns[0], kind="stable"):
+        own = [run for run in runs if run["name"] == names[i]]
+        row = [f"{column[i]:.2f}" for column in columns]
+        row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
+        for m, n in shown:
+            energies = [run[str(n)]["energy"] for run in own if run["mixture"] == m]
+            row.append(f"{1e3 * np.mean(energies):.2f}")
+        row.append(f"{np.mean([run['50']['outliers'] for run in own]):.1%}")
+        row.append(f"{np.mean([run['excess'] for run in own]):.1e}")
+        lines.append(f"| {names[i]} | " + " | ".join(row) + " |")
+    known = [i for i, name in enumerate(names) if name in PAPER]
+    if len(known) > 2:
+        paper = np.array([PAPER[names[i]] for i in known]).T
+        r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
+        lines += [
+            "",
+            "Energy distances in thousandths, above the exact field's from the same noise. "
+            f"Rank correlation with the paper: {r[0]:.2f} (all), {r[1]:.2f} (5 steps), "
+            f"{r[2]:.2f} (50 steps); the paper ranks by Pareto fronts of CLIP and FID.",
+        ]
+    return "\n".join(lines)
+
+
+def rank(args: argparse.Namespace) -> None:
+    """Train the variants, as far as they are not there yet, and print and save the table."""
+    names = args.names or (STUDY if args.all else list(PAPER))
+    for name in names:
+        formulation(name)
+    for mixture in args.mixtures:
+        if mixture.removesuffix("-unscaled") not in toy2d.MIXTURES:
+            raise ValueError(
+                f"unknown mixture {mixture!r}; choose from {', '.join(toy2d.MIXTURES)}"
+            )
+    jobs = [(n, m, s) for s in range(args.seeds) for m in args.mixtures for n in names]
+    table = rank_table(run_missing(args.out, jobs, args.steps), names, args.mixtures)
+    file = args.out / f"table-{'-'.join(args.mixtures)}.md"
+    file.write_text(table + "\n")
+    print(f"{table}\n\nwrote {file}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a path costs by itself: the exact field in few steps, nothing trained
+
+SHOWN = {
+    "rf": "rf",
+    "cosine": "v/cos",
+    "LDM-linear": "v/linear",
+    "EDM": "edm(-1.20,1.20)",
+    "EDM, rf's log-SNR": "edm/rf",
+    "EDM, cosine's log-SNR": "edm/cos",
+}
+
+
+def exact_network(formula: Formulation, mixture: toy2d.GaussianMixture) -> Field:
+    """The best network there is: E[target | z], called as any network is."""
+
+    def network(z_in: Tensor, t: Tensor) -> Tensor:
+        z = z_in / formula.path.c_in(t)[:, None]
+        return formula.pair(*mixture.ends(z, t, formula.path), t)[1]
+
+    return network
+
+
+def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, method: str) -> Tensor:
+    """The exact field's samples on the path's default grid, ending with x0_hat.
+
+    first order: the plane step. heun, rk4: dz = u dt, in sigma instead of t where a = 1 (EDM).
+    """
+    if method == "first order":
+        return formula.sample(exact_network(formula, mixture), noise, steps=steps)
+    path = formula.path
+    times = path.grid(steps)
+    z = path.b(times[0]).float() * noise
+    if isinstance(path, EDM):
+        in_sigma = lambda z, sigma: mixture.ends(z, path.time(-2 * sigma.double().log()), path)[1]
+        z = solve(in_sigma, z, steps=steps, times=path.b(times), method=method)
+    else:
+        z = solve(mixture.field(path), z, steps=steps, times=times, method=method)
+    return mixture.ends(z, times[-1:].clamp(min=1e-6), path)[0]
+
+
+@torch.no_grad()
+def exact(args: argparse.Namespace) -> None:
+    """The discretisation error of each path, by solver and number of steps."""
+    counts = (1, 2, 5, 10, 25, 50)
+    for name in args.mixtures:
+        mixture = study_mixture(name)
+        data, _, noise, best = toy2d.reference(mixture, 0)
+        print(f"\n{name}: energy distance above the converged exact field's, in thousandths\n")
+        print("| path | solver | " + " | ".join(f"{n} steps" for n in counts) + " |")
+        print("|---|---|" + "---|" * len(counts))
+        for label, key in SHOWN.items():
+            for method in ("first order", "heun", "rk4"):
+                row = []
+                for n in counts:
+                    x = exact_samples(formulation(key), mixture, noise, n, method)
+                    row.append(toy2d.energy_distance(x, data) - best["energy"])
+                cells = " | ".join(f"{1e3 * e:.2f}" if math.isfinite(e) else "–" for e in row)
+                print(f"| {label} | {method} | {cells} |", flush=True)
+
+
+@torch.no_grad()
+def paths(args: argparse.Namespace) -> None:
+    """The exact flow lines of each path, in its own coordinates, and five first-order steps."""
+    mixture = toy2d.load_mixture(args.mixture)
+    noise = torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
+    colours, panels = toy2d.hues(noise), []
+    for label, key in list(SHOWN.items())[:4]:
+        formula, canvas = formulation(key), toy2d.Canvas(mixture, 420).glow(0)
+        network = exact_network(formula, mixture)
+        for steps, alpha in ((400, 90), (5, 230)):
+            zs = []
+
+            def spy(z_in: Tensor, t: Tensor) -> Tensor:
+                zs.append(z_in / formula.path.c_in(t)[:, None])
+                return network(z_in, t)
+
+            zs.append(formula.sample(spy, noise, steps=steps))
+            kept = slice(None) if steps > 5 else slice(0, 12)
+            canvas.lines(torch.stack(zs)[:, kept], colours[kept], alpha)
+        for z in zs:
+            canvas.points(z[:12], [(255, 255, 255)] * 12, 4)
+        panels.append(canvas.done(label))
+    sheet = toy2d.tile(
+        [panels[:2], panels[2:]], "Exact flow lines; in white, five first-order steps"
+    )
+    sheet.save(args.out)
+    print(f"wrote {args.out}")
+
+
+def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, size: int = 420) -> Image.Image:
+    """Lines (x, y) in one frame, with a legend; y is cut to the frame's range, 0 to 3 or -12 to
+    12.
+    """
+    low, high = (0, 4) if min(y.min() for _, y in curves.values()) >= 0 else (-12, 12)
+    image = Image.new("RGB", (2 * size, 2 * size), toy2d.FRAME)
+    draw, left = ImageDraw.Draw(image), 70
+    place = lambda x, y: (
+        left + x * (2 * size - left - 30),
+        (high - y) / (high - low) * 1.7 * size + 90,
+    )
+    font = ImageFont.load_default(26)
+    for tick in range(5):
+        y = low + (high - low) * tick / 4
+        draw.line([place(0, y), place(1, y)], fill=(48, 54, 74), width=2)
+        draw.text((8, place(0, y)[1] - 16), f"{y:g}", toy2d.INK, font)
+        draw.text((place(tick / 4, low)[0] - 20, 2 * size - 44), f"{tick / 4:g}", toy2d.INK, font)
+    angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
+    colours = toy2d.hues(torch.stack([angle.cos(), angle.sin()], dim=1))
+    for i, ((name, (x, y)), colour) in enumerate(zip(curves.items(), colours, strict=True)):
+        y = y.clamp(low, high)
+        points = [place(*point) for point in zip(x.tolist(), y.tolist(), strict=True)]
+        draw.line(points, fill=colour, width=5, joint="curve")
+        draw.text((left + 16 if low == 0 else 2 * size - 330, 96 + 34 * i), name, colour, font)
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
+    ImageDraw.Draw(image).text((36, 12), title, toy2d.INK, ImageFont.load_default(16))
+    return image
+
+
+def densities(args: argparse.Namespace) -> None:
+    """SD3's figure 11, the densities of t for rf, and the log-SNR of every path."""
+    t = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
+    sampled = ("rf", "rf/lognorm(0.00,1.00)", "rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/cosmap")
+    pi = {name: (t, formulation(name).density.density(t)) for name in sampled}
+    snr = {label: (t, formulation(key).path.log_snr(t)) for label, key in SHOWN.items()}
+    left = plot(pi, "timestep densities pi(t) for rf, over t")
+    right = plot(snr, "log-SNR lambda(t) of the paths, over t")
+    toy2d.tile([[left, right]]).save(args.out)
+    print(f"wrote {args.out}")
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -169,9 +476,33 @@ def main() -> None:
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--device", default=default_device(), help="cpu, cuda, ...")
+    add = commands.add_parser("rank", help="SD3's Table 1 on 2-D mixtures").add_argument
+    add("--all", action="store_true", help="all 61 formulations instead of the table's 16")
+    add("--names", nargs="+", help="these formulations only")
+    add("--mixtures", nargs="+", default=["ring", "grid"], help="(default: ring grid)")
+    add("--seeds", type=positive, default=3, help="runs of each (default: 3)")
+    add("--steps", type=positive, default=11_000, help="training steps of a run (default: 11000)")
+    add(
+        "--out",
+        type=File,
+        default=File("runs/study"),
+        help="where runs are kept (default: runs/study)",
+    )
+    add = commands.add_parser("exact", help="what each path costs without a network").add_argument
+    add("--mixtures", nargs="+", default=["ring"], help="(default: ring)")
+    add = commands.add_parser("paths", help="draw the exact flow lines of each path").add_argument
+    add("--mixture", default="ring", help="(default: ring)")
+    add("--out", type=File, default=File("paths.png"), help="(default: paths.png)")
+    add = commands.add_parser(
+        "densities", help="draw SD3's figure 11 and the log-SNRs"
+    ).add_argument
+    add("--out", type=File, default=File("densities.png"), help="(default: densities.png)")
     args = parser.parse_args()
+    runs: dict[str, Callable] = dict(
+        bench=bench, mmdit=bench_mmdit, rank=rank, exact=exact, paths=paths, densities=densities
+    )
     with parser.one_line_errors():
-        run: Callable = {"bench": bench, "mmdit": bench_mmdit}[args.command]
+        run = runs[args.command]
         run(args)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_rf import every_formulation
@@ -277,6 +278,170 @@ def test_validation_loss_is_at_the_8_midpoints():
     network = lambda z, t: (seen.append(t), z)[1]
     train.validation_loss(network, formulation("rf"), torch.zeros(3, 2))
     assert [t.tolist() for t in seen] == [[(i + 0.5) / 8] * 3 for i in range(8)]
+
+
+# ---- images, ranks, accumulation
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """200 labelled latents (4,4,4) of three classes, as `data.Latents` reads them."""
+    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    labels = np.arange(200) % 3
+    values = rng.standard_normal((200, 4, 4, 4)) * 0.3 + labels[:, None, None, None] - 1
+    np.save(folder / "latents.npy", values.astype(np.float16))
+    np.save(folder / "labels.npy", labels)
+    (folder / "meta.json").write_text("{}")
+    return folder
+
+
+TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
+IMAGE_CHANGES = "log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10, ema=[0.9, 1]"
+
+
+def latents_command(folder, out, *flags, ranks=0):
+    """Through a file, so that torchrun can start it too."""
+    script = out.parent / "latents_train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train\ntorch.set_num_threads(1)\ntrain.report = lambda *args: None\n"
+        f"train.PRESETS['latents'].update({IMAGE_CHANGES})\ntrain.main()\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * bool(
+        ranks
+    )
+    flags = ["--dataset", "latents", "--data", str(folder), "--out", str(out), *TINY, *flags]
+    return [sys.executable, *launch, str(script), *flags]
+
+
+def test_two_ranks_equal_one_that_accumulates_and_the_job_resumes(latents, tmp_path):
+    """Weights, EMA and log to rounding; checkpoints without prefixes; a killed rank ends the
+    job.
+    """
+    for flags, ranks in ((["--accumulate", "2"], 0), ([], 2)):
+        command = latents_command(
+            latents, tmp_path / f"r{ranks}", "--steps", "12", *flags, ranks=ranks
+        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
+    for part in ("network", "ema"):
+        assert one[part].keys() == two[part].keys() and "mmdit.pos_embed" in one[part]
+        for key in one[part]:
+            torch.testing.assert_close(one[part][key], two[part][key], rtol=1e-4, atol=1e-5)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("r0", "r2")]
+    for a, b in zip(*logs, strict=True):
+        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
+    out = tmp_path / "killed"
+    command = latents_command(latents, out, "--steps", "4000", ranks=2)
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert job.poll() is None
+        time.sleep(0.05)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
+    step = read_checkpoint(out / "checkpoint.pt")["step"]
+    command = latents_command(latents, out, "--steps", str(step + 10), "--resume", ranks=2)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == step + 10
+
+
+def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path):
+    """The loss falls, the checkpoint has no prefixes, sample.py writes latents as ADM's layout."""
+    flags = ["--steps", "60", "--precision", "bf16"]
+    command = latents_command(latents, tmp_path / "run", *flags)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_loss"] < 1.6
+    out = tmp_path / "x.npz"
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    done = run(checkpoint, "--num", 7, "--steps", 3, "--out", out, script="sample.py")
+    assert done.returncode == 0, done.stderr
+    arrays = np.load(out)
+    assert arrays["arr_0"].shape == (7, 4, 4, 4) and arrays["arr_1"].tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        0,
+    ]
+
+
+def test_toy_on_mmdit(tmp_path):
+    """The same network code on points: 2 x 1 x 1 latents."""
+    out = tmp_path / "run"
+    flags = ["--network", "mmdit", "--depth", 1, "--steps", 20, "--batch-size", 16, "--out", out]
+    subprocess.run(fast_command(*flags), check=True, capture_output=True)
+    assert sample.load(out / "checkpoint.pt").sample(torch.randn(5, 2), steps=2).shape == (5, 2)
+
+
+# ---- PeRFlow through the commands
+
+
+@pytest.mark.parametrize("name, flags", [("rf", ["--guidance", "fixed", "--teacher-cfg", "2"]),
+                                         ("eps/linear", ["--parameterization", "epsilon"]),
+                                         ("edm(-1.20,1.20)", [])])  # fmt: skip
+def test_perflow_students_train_sample_and_plug(tmp_path, name, flags):
+    short = "report_student=t.report_student; t.toy2d.yardsticks = lambda *a, **k: dict.fromkeys("
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    common = ["--steps", 30, "--batch-size", 16]
+    make = ["--formulation", name, "--conditional", "--out", teacher, *common]
+    subprocess.run(fast_command(*make), check=True, capture_output=True)
+    command = fast_command(
+        "--perflow", teacher / "checkpoint.pt", "--out", student, *common, *flags
+    )
+    command[2] = command[2].replace(
+        "t.report =", f"t.{short[15:]}['energy', 'energy_error', 'outliers'], 0.1); t.report ="
+    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4-step gap" in done.stdout and (student / "windows.png").exists()
+    sampler = sample.load(student / "checkpoint.pt")
+    noise, label = torch.randn(6, 2), torch.arange(6)
+    assert sampler.sample(noise, label, steps=4).isfinite().all()
+    with pytest.raises(ValueError, match="3 steps are too few for 4 windows"):
+        sampler.sample(noise, label, steps=3)
+    with pytest.raises(ValueError, match="takes euler steps"):
+        sampler.sample(noise, label, steps=4, method="heun")
+    average = read_checkpoint(student / "checkpoint.pt")["ema"]
+    plugged = sample.plugged(sample.load(teacher / "checkpoint.pt"), student / "delta.pt")
+    for key, value in plugged.network.state_dict().items():
+        torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        plugged.sample(noise, label, steps=4),
+        sampler.sample(noise, label, steps=4),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
+    teacher = finished[0] / "checkpoint.pt"
+    bad = torch.load(teacher)
+    bad["config"]["perflow"] = "x"
+    bad["config"] |= train.PERFLOW
+    torch.save(bad, tmp_path / "student.pt")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for args, says in (
+        (["--perflow", teacher, "--mixture", "grid"], "--mixture grid is not the teacher's"),
+        (["--perflow", teacher, "--dataset", "cifar10"], "--dataset cifar10 is not the teacher's"),
+        (["--perflow", teacher, "--parameterization", "epsilon"], "predicts no eps"),
+        (["--perflow", teacher, "--guidance", "fixed"], "do not go together"),
+        (["--perflow", tmp_path / "student.pt"], "is itself a PeRFlow student"),
+        (["--perflow", "none.pt"], "No such file"),
+        (["--windows", "4"], "--windows needs --perflow"),
+        (["--perflow", teacher, "--windows", "0"], "at least 1"),
+    ):
+        assert_one_line(in_process(train.main, args, folder, monkeypatch, capsys), says)
+        assert list(folder.iterdir()) == []
 
 
 # ---- bad input: status 2 and one line that names the value and the choices
