@@ -1,6 +1,7 @@
 """The paper's experiments, and how fast this code is.
 
     python study.py rank                     SD3's Table 1 (section 5.1), about 20 minutes
+    python study.py delta TEACHER DELTA      PeRFlow's Delta W on customised models
     python study.py exact                    what each path costs, with the exact field
     python study.py paths, densities         pictures of both
     python study.py bench                    the toy's training step against a bare loop
@@ -23,7 +24,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path as File
 
 import numpy as np
@@ -32,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+import sample
 import toy2d
 import train
 from data import Parser, positive
@@ -326,6 +329,54 @@ def rank(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# PeRFlow's plug and play: Delta W on models fine-tuned from the same teacher
+
+
+def turned(mixture: toy2d.GaussianMixture, degrees: float, shift: float) -> toy2d.GaussianMixture:
+    """The mixture turned about the origin and moved to the right."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    means = mixture.means @ turn.T + torch.tensor([shift, 0], dtype=torch.float64)
+    return toy2d.GaussianMixture(means, turn @ mixture.covs @ turn.T, mixture.weights)
+
+
+def delta(args: argparse.Namespace) -> None:
+    """Fine-tune the teacher on changed mixtures, plug Delta W in, and compare K-step samples."""
+    torch.set_num_threads(1)
+    teacher, cpu = sample.load(args.teacher), torch.device("cpu")
+    if teacher.config["dataset"] != "toy2d" or teacher.flow:
+        raise ValueError(f"{args.teacher} is no teacher on toy2d")
+    mixture = toy2d.GaussianMixture(**teacher.config["mixture"])
+    print(
+        "| customised by | steps | own energy | with delta | lower by | own outliers | with delta |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for degrees, shift in ((5, 0), (10, 0), (22.5, 0), (0, 0.3)):
+        custom = turned(mixture, degrees, shift)
+        config = teacher.config | {"steps": args.steps, "lr": 1e-3, "warmup": 100, "reuse": 1}
+        network = copy.deepcopy(teacher.network).requires_grad_(True)
+        average = copy.deepcopy(teacher.network)
+        optimizer, ema = train.make_optimizer(network, config), list(average.parameters())
+        source = train.make_source(config, custom, cpu, 0, 1)
+        null = network.null_cond
+        stream = train.examples(config, teacher.formulation, source, null, 0, 0, cpu)
+        for step, batch in zip(range(args.steps), stream, strict=False):
+            train.update(network, network, ema, optimizer, config, step, [batch])
+        stream.close()
+        own = replace(teacher, network=average)
+        plugged = sample.plugged(replace(own, network=copy.deepcopy(average)), args.delta)
+        K, y = plugged.flow.windows, []
+        for model in (own, plugged):
+            run = partial(model.sample, steps=K)
+            y.append(toy2d.yardsticks(run, custom, config["conditional"]))
+        ratio = y[0]["energy"] / y[1]["energy"]
+        name = f"turning {degrees}°" if degrees else f"moving {shift}"
+        energies = f"{y[0]['energy']:.2e} | {y[1]['energy']:.2e} +- {y[1]['energy_error']:.0e}"
+        outliers = f"{y[0]['outliers']:.1%} | {y[1]['outliers']:.1%}"
+        print(f"| {name} | {K} | {energies} | {ratio:.1f}x | {outliers} |", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # What a path costs by itself: the exact field in few steps, nothing trained
 
 SHOWN = {
@@ -488,6 +539,10 @@ def main() -> None:
         default=File("runs/study"),
         help="where runs are kept (default: runs/study)",
     )
+    add = commands.add_parser("delta", help="PeRFlow's Delta W on customised models").add_argument
+    add("teacher", help="a toy2d checkpoint")
+    add("delta", help="the delta.pt of a student of it")
+    add("--steps", type=positive, default=3000, help="of fine-tuning (default: 3000)")
     add = commands.add_parser("exact", help="what each path costs without a network").add_argument
     add("--mixtures", nargs="+", default=["ring"], help="(default: ring)")
     add = commands.add_parser("paths", help="draw the exact flow lines of each path").add_argument
@@ -498,12 +553,9 @@ def main() -> None:
     ).add_argument
     add("--out", type=File, default=File("densities.png"), help="(default: densities.png)")
     args = parser.parse_args()
-    runs: dict[str, Callable] = dict(
-        bench=bench, mmdit=bench_mmdit, rank=rank, exact=exact, paths=paths, densities=densities
-    )
+    runs = (bench, bench_mmdit, rank, exact, paths, densities, delta)
     with parser.one_line_errors():
-        run = runs[args.command]
-        run(args)
+        {run.__name__.removeprefix("bench_"): run for run in runs}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         raise ValueError(f"--{unused[0].replace('_', '-')} needs --perflow TEACHER")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
         raise ValueError(f"--lr {config['lr']} is not a positive number")
-    formulation(config["formulation"], config["shift"])  # so that a bad name ends here
+    formula = formulation(config["formulation"], config["shift"])  # a bad name ends here,
+    sample.perflow_of(config, formula)  # and what does not fit
     if isinstance(config["mixture"], str):
         config["mixture"] = toy2d.load_mixture(config["mixture"]).spec()
     out = args.out or File("runs") / (f"{base}-{len(taken) + 1}" if taken else base)
@@ -522,7 +523,7 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
         print(f"{steps:<12}{left}{right}")
     if K <= 4:
         gap = energy[False, 4] - energy[False, 100]
-        closed = (energy[False, 4] - energy[True, 4]) / gap
+        closed = (energy[False, 4] - energy[True, 4]) / gap if gap else math.nan
         print(f"4-step gap (the teacher's 4 steps less its 100) closed: {closed:.1%}")
     reference = toy2d.reference(dataset, 0, 10_000, config["conditional"])
     cond = [reference.labels[:2000]] * config["conditional"]
