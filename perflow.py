@@ -1,6 +1,6 @@
 """PeRFlow (Yan et al. 2024): a trained flow made straight inside K time windows, to take few steps.
 
-Section 4 of paper.md: windows, the teacher's solve, both parameterizations, the sampler, Delta W.
+The whole method: windows, the teacher's solve, both parameterizations, the sampler, Delta W.
 Time convention, here and everywhere: t = 0 is data, t = 1 noise. A window starts at its noisy edge.
 Read next: `train.py`, which trains students, and `sample.py`, which samples from them.
 """

@@ -347,9 +347,7 @@ def delta(args: argparse.Namespace) -> None:
     if teacher.config["dataset"] != "toy2d" or teacher.flow:
         raise ValueError(f"{args.teacher} is no teacher on toy2d")
     mixture = toy2d.GaussianMixture(**teacher.config["mixture"])
-    print(
-        "| customised by | steps | own energy | with delta | lower by | own outliers | with delta |"
-    )
+    print("| customised by | steps | energy | with delta | lower by | outliers | with delta |")
     print("|---|---|---|---|---|---|---|")
     for degrees, shift in ((5, 0), (10, 0), (22.5, 0), (0, 0.3)):
         custom = turned(mixture, degrees, shift)

@@ -40,6 +40,7 @@ import perflow
 import sample
 import toy2d
 from data import Parser, positive
+from mmdit import MMDiT
 from rf import Field, formulation, guide
 from sample import Sampler, check_device, default_device
 
@@ -63,6 +64,7 @@ IMAGES = dict(
     eval_every=1000,
     save_every=1000,
     validation=512,  # held-out examples
+    dropout=None,  # each condition's own rate: 0.1 of a label; of texts as SD3's text encoders
 )
 PRESETS = {
     "toy2d": dict(
@@ -87,10 +89,8 @@ PRESETS = {
         save_every=1000,
         validation=1024,
     ),
-    # dropout: each condition's own rate; context and pooled vector of a text model as SD3's text
-    # encoders
-    "cifar10": IMAGES | dict(depth=8, steps=200_000, lr=3e-4, dropout=[0.1]),
-    "latents": IMAGES | dict(depth=12, steps=500_000, lr=1e-4, dropout=[0.464, 0.464]),
+    "cifar10": IMAGES | dict(depth=8, steps=200_000, lr=3e-4),
+    "latents": IMAGES | dict(depth=12, steps=500_000, lr=1e-4),
 }
 DEFAULTS = dict(
     mixture="ring",
@@ -235,7 +235,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         config = teacher | PERFLOW | PERFLOW_PRESETS[name] | given
         scale, guidance = config["teacher_cfg"], config["guidance"]
         if guidance == "fixed":
-            config["dropout"] = [0.0] * len(config["dropout"])
+            config["dropout"] = [0.0, 0.0]
         if (scale != 1) != (guidance == "fixed"):
             raise ValueError(
                 f"--guidance {guidance} --teacher-cfg {scale:g} do not go together: fixed solves "
@@ -404,6 +404,16 @@ def update(
             ema, [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n))
         )
     return total
+
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by the datasheets
+
+
+def training_flops(config: dict, network: MMDiT) -> int:
+    """Model FLOPs of one example, forward and backward (twice the forward)."""
+    spec = config["spec"]
+    context = 4 if spec["classes"] else spec["context"][0]
+    return 3 * network.flops(*spec["shape"][1:], context)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -593,6 +603,8 @@ def main() -> None:
             if checkpoint and config["spec"] != dataset.spec():
                 raise ValueError(f"the data in {config['data']} are not those of the run in {out}")
             config["spec"] = dataset.spec()
+            usual = [0.1] if config["spec"]["classes"] else [0.464, 0.464]
+            config["dropout"] = config["dropout"] or usual
         formula = formulation(config["formulation"], config["shift"])
         torch.manual_seed(config["seed"])
         network = sample.build(config).to(device)
@@ -600,6 +612,8 @@ def main() -> None:
         if config["perflow"]:
             teacher = sample.load(config["perflow"], device)
             network.load_state_dict(teacher.network.state_dict())
+        core = getattr(network, "mmdit", network)
+        core.checkpointing = (config["depth"] or 0) >= 30  # activation checkpointing
         average = copy.deepcopy(network).requires_grad_(False).eval()
         optimizer = make_optimizer(network, config)
         start = 0
@@ -664,6 +678,8 @@ def main() -> None:
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for chip, rate in PEAK.items() if chip in name), 0)
     losses: list[Tensor] = []
     saved, figures, ema = start, {}, list(average.parameters())
     log = (out / "log.jsonl").open("a") if rank == 0 else None
@@ -706,7 +722,10 @@ def main() -> None:
             print(json.dumps(entry), file=log, flush=True)
             rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
             shown = {"loss": f"{entry['loss']:.3f}", **{k: f"{v:.2g}" for k, v in figures.items()}}
-            bar.set_postfix(shown | {"samples/s": f"{rate:.0f}"}, refresh=False)
+            shown["samples/s"] = f"{rate:.0f}"
+            if peak and config["dataset"] != "toy2d":
+                shown["MFU"] = f"{rate * training_flops(config, core) / peak / world:.0%}"
+            bar.set_postfix(shown, refresh=False)
         if done % config["save_every"] == 0 or done == config["steps"] or stopped:
             save_at(done)
             saved = done
