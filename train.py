@@ -562,9 +562,10 @@ def save(path: File, checkpoint: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def cut_log(path: File, step: int) -> None:
@@ -727,7 +728,8 @@ def main() -> None:
                 shown["MFU"] = f"{rate * training_flops(config, core) / peak / world:.0%}"
             bar.set_postfix(shown, refresh=False)
         if done % config["save_every"] == 0 or done == config["steps"] or stopped:
-            save_at(done)
+            with parser.one_line_errors():  # on a full disk; the last checkpoint stays
+                save_at(done)
             saved = done
         if stopped:
             bar.close()

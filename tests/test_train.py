@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +176,18 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train.save(path, {"step": 2})
     assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(finished, tmp_path):
+    """A file-size limit below a checkpoint's stands for the disk: one line, and nothing is lost."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    before = (out / "checkpoint.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    more = fast_command("--resume", "--out", out, "--steps", 600)
+    done = subprocess.run(more, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "could not be written" in done.stderr
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
 
 
 # ---- the pieces
