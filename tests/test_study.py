@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -63,7 +64,13 @@ def test_the_table_comes_from_the_saved_runs_and_only_missing_ones_are_made(tmp_
         study.run_missing(tmp_path, jobs, 8)
 
 
-def test_one_real_run_is_kept_and_not_made_again(tmp_path):
+def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
+    """In a thread instead of a process, and with fewer samples, for speed."""
+    reference = study.toy2d.reference
+    monkeypatch.setattr(
+        study.toy2d, "reference", lambda mixture, seed: reference(mixture, seed, 500)
+    )
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(1))
     job = ("rf/cosmap", "ring", 1)
     (run,) = study.run_missing(tmp_path, [job], 30)
     file = study.run_file(tmp_path, *job)

@@ -403,19 +403,21 @@ def test_toy_on_mmdit(tmp_path):
 @pytest.mark.parametrize("name, flags", [("rf", ["--guidance", "fixed", "--teacher-cfg", "2"]),
                                          ("eps/linear", ["--parameterization", "epsilon"]),
                                          ("edm(-1.20,1.20)", [])])  # fmt: skip
-def test_perflow_students_train_sample_and_plug(tmp_path, name, flags):
+def test_perflow_students_train_sample_and_plug(
+    tmp_path, monkeypatch, capsys, own_process, name, flags
+):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
+    figures = dict(energy=0.1, energy_error=0, outliers=0)
+    monkeypatch.setattr(train.toy2d, "yardsticks", lambda *args: figures)  # which take seconds
+    monkeypatch.setattr(train, "report", lambda *args: None)
     common = ["--steps", 30, "--batch-size", 16]
-    make = ["--formulation", name, "--conditional", "--out", teacher, *common]
-    subprocess.run(fast_command(*make), check=True, capture_output=True)
-    command = fast_command(
-        "--perflow", teacher / "checkpoint.pt", "--out", student, *common, *flags
-    )
-    figures = "t.toy2d.yardsticks = lambda *a: dict(energy=0.1, energy_error=0, outliers=0); t.main"
-    command[2] = command[2].replace("t.main", figures)  # its table takes seconds
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "4-step gap" in done.stdout and (student / "windows.png").exists()
+    for args in (
+        ["--formulation", name, "--conditional", "--out", teacher, *common],
+        ["--perflow", teacher / "checkpoint.pt", "--out", student, *common, *flags],
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        train.main()
+    assert "4-step gap" in capsys.readouterr().out and (student / "windows.png").exists()
     sampler = sample.load(student / "checkpoint.pt")
     noise, label = torch.randn(6, 2), torch.arange(6)
     assert sampler.sample(noise, label, steps=4).isfinite().all()
@@ -552,20 +554,18 @@ def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "samples.png").exists()
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys, own_process
+):
     update = train.update
     poison = lambda *args: update(*args) * (float("nan") if args[5] == 137 else 1)
     monkeypatch.setattr(train, "update", poison)
     monkeypatch.setitem(train.PRESETS["toy2d"], "save_every", 100)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     done = in_process(
         train.main, [*SHORT, "--out", tmp_path / "run"], tmp_path, monkeypatch, capsys
     )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert "the loss of step 138 is not finite" in str(
-        done.returncode
-    ) and "step 100 is kept" in str(done.returncode)
+    said = str(done.returncode)
+    assert "the loss of step 138 is not finite" in said and "step 100 is kept" in said
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 100
 
 
