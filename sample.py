@@ -296,13 +296,10 @@ def draw(
     """Images or latents (n,C,H,W) in float32 on the CPU, one for each row of cond, in batches."""
     n, out = len(cond[0]), []
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, *sampler.config["spec"]["shape"], generator=generator)
     for rows in tqdm(torch.arange(n).split(batch), unit="batch", disable=not progress):
-        out.append(
-            sampler.sample(*(x[rows].to(sampler.device) for x in (noise, *cond)), **how)
-            .float()
-            .cpu()
-        )
+        noise = torch.randn(len(rows), *sampler.config["spec"]["shape"], generator=generator)
+        inputs = (x.to(sampler.device) for x in (noise, *(c[rows] for c in cond)))
+        out.append(sampler.sample(*inputs, **how).float().cpu())
     return torch.cat(out)
 
 
