@@ -294,7 +294,8 @@ def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> s
         row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
         for m, n in shown:
             energies = [run[str(n)]["energy"] for run in own if run["mixture"] == m]
-            row.append(f"{1e3 * np.mean(energies):.2f}")
+            mean = 1e3 * np.mean(energies)
+            row.append(f"{mean:.2f}" if mean < 1000 else "diverged")
         row.append(f"{np.mean([run['50']['outliers'] for run in own]):.1%}")
         row.append(f"{np.mean([run['excess'] for run in own]):.1e}")
         lines.append(f"| {names[i]} | " + " | ".join(row) + " |")
