@@ -15,6 +15,7 @@ Read next: `train.py`, which writes the checkpoints.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
@@ -203,6 +204,8 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
     """
     delta = read_torch(file, "delta", {"delta", "config"})
     own, config = sampler.config, delta["config"]
+    if sampler.flow:
+        raise ValueError(f"this model is a PeRFlow student already: {file} would be added twice")
     if own["formulation"] != config["formulation"]:
         raise ValueError(f"{file} is of a {config['formulation']}, not of a {own['formulation']}")
     plug(sampler.network, delta["delta"])
@@ -218,7 +221,7 @@ def check_device(name: str) -> torch.device:
     """ValueError where the name is no device or the device is not there."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError, NotImplementedError):
         there = (
             ["cpu"]
@@ -337,7 +340,10 @@ def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
         if args.label is not None:
             raise ValueError("this model takes text, not labels: --label does not apply")
         if args.data:
-            _, *cond = data.Latents(args.data).validation(args.num)
+            latents = data.Latents(args.data)
+            if any(latents.spec()[key] != spec[key] for key in ("context", "pooled")):
+                raise ValueError(f"--data {args.data} does not hold texts of this model's shapes")
+            _, *cond = latents.validation(args.num)
             cond = [c[torch.arange(args.num) % len(c)].float() for c in cond]
         else:
             cond = [null.expand(args.num, *null.shape) for null in sampler.network.null_cond]
@@ -345,8 +351,8 @@ def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
         labels = torch.arange(args.num) % spec["classes"]
         if args.out.suffix == ".png":
             labels = labels.sort().values
-            columns = max(1, args.num // spec["classes"])
-            names = class_rows(spec, 1)[1] if args.num % spec["classes"] == 0 else []
+            if spec["classes"] <= 10 and args.num % spec["classes"] == 0:
+                columns, names = args.num // spec["classes"], class_rows(spec, 1)[1]
         cond = (labels,)
     elif 0 <= args.label < spec["classes"]:
         cond = (torch.full((args.num,), args.label),)
@@ -399,6 +405,8 @@ def main() -> None:
     with parser.one_line_errors():
         if args.out.suffix not in (".png", ".npz"):
             raise ValueError(f"--out {args.out} must end in .png or .npz")
+        if not math.isfinite(args.cfg):
+            raise ValueError(f"--cfg {args.cfg} is not a finite number")
         if args.solver not in SOLVERS:
             raise ValueError(f"unknown solver {args.solver!r}; choose from {', '.join(SOLVERS)}")
         sampler = load(args.checkpoint, args.device)

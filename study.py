@@ -14,6 +14,7 @@ loop.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -194,6 +195,8 @@ def study_mixture(name: str) -> toy2d.GaussianMixture:
     before.
     """
     raw = name.removesuffix("-unscaled")
+    if raw not in toy2d.MIXTURES:
+        raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(toy2d.MIXTURES)}")
     return toy2d.MIXTURES[raw]() if raw != name else toy2d.load_mixture(name)
 
 
@@ -234,31 +237,41 @@ def run_file(out: File, name: str, mixture: str, seed: int) -> File:
     return out / f"{re.sub('[^a-z0-9.-]+', '_', name)}-{mixture}-{seed}.json"
 
 
+@contextlib.contextmanager
+def cancelling(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """On Ctrl-C or a failed run, do not start what still waits: finished runs are kept."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
     """The runs of these (name, mixture, seed): those in `out` are read, the others made and
     kept.
     """
     out.mkdir(parents=True, exist_ok=True)
+    there = [run_file(out, *job) for job in jobs if run_file(out, *job).exists()]
+    other = {json.loads(file.read_text())["steps"] for file in there} - {steps}
+    if other:
+        raise ValueError(f"--out {out} holds runs of {other.pop()} steps, not {steps}")
     missing = [job for job in jobs if not run_file(out, *job).exists()]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool, cancelling(pool):
         running = {pool.submit(trained, *job, steps): job for job in missing}
         bar = tqdm(as_completed(running), initial=len(jobs) - len(missing), total=len(jobs))
         for future in bar:
             file = run_file(out, *running[future])
             file.with_suffix(".tmp").write_text(json.dumps(future.result()))
             file.with_suffix(".tmp").replace(file)
-    runs = [json.loads(run_file(out, *job).read_text()) for job in jobs]
-    if other := [run for run in runs if run["steps"] != steps]:
-        raise ValueError(
-            f"--out {out} holds runs of {other[0]['steps']} steps, not {steps}; take another --out"
-        )
-    return runs
+    return [json.loads(run_file(out, *job).read_text()) for job in jobs]
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
     """1 for the smallest; equals share their mean rank."""
-    values = np.asarray(values)
+    values = np.asarray(values, dtype=float)
+    values = np.where(np.isnan(values), np.inf, values)  # diverged: last
     below = (values[None] < values[:, None]).sum(1)
     return below + ((values[None] == values[:, None]).sum(1) + 1) / 2
 
@@ -318,10 +331,7 @@ def rank(args: argparse.Namespace) -> None:
     for name in names:
         formulation(name)
     for mixture in args.mixtures:
-        if mixture.removesuffix("-unscaled") not in toy2d.MIXTURES:
-            raise ValueError(
-                f"unknown mixture {mixture!r}; choose from {', '.join(toy2d.MIXTURES)}"
-            )
+        study_mixture(mixture)
     jobs = [(n, m, s) for s in range(args.seeds) for m in args.mixtures for n in names]
     table = rank_table(run_missing(args.out, jobs, args.steps), names, args.mixtures)
     file = args.out / f"table-{'-'.join(args.mixtures)}.md"
@@ -466,7 +476,7 @@ def paths(args: argparse.Namespace) -> None:
 
 
 def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, size: int = 420) -> Image.Image:
-    """Lines (x, y) in one frame, with a legend; y is cut to the frame's range, 0 to 3 or -12 to
+    """Lines (x, y) in one frame, with a legend; y is cut to the frame's range, 0 to 4 or -12 to
     12.
     """
     low, high = (0, 4) if min(y.min() for _, y in curves.values()) >= 0 else (-12, 12)

@@ -238,7 +238,10 @@ class MLP(nn.Module):
     def forward(self, z: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
         angle = t[:, None] * self.omega  # (B,3)
         h = self.input(torch.cat([6 * z, angle.sin(), angle.cos()], dim=1))  # (B,8) -> (B,64)
-        return self.body(h + self.label(*labels) if labels else h)
+        if self.label is None:
+            return self.body(h)
+        labels = labels or (torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.long),)
+        return self.body(h + self.label(*labels))  # no labels are null labels
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """One training loop for every data set and both objectives.
 
-    python train.py --dataset toy2d                            a minute on a CPU: from noise to a
-    ring python train.py --dataset cifar10 --data DIR               pictures; `python data.py
-    download` fetches them torchrun --nproc_per_node 8 train.py --dataset latents --data DIR
-    python train.py --resume --out runs/toy2d                  go on where a run stopped
+    python train.py --dataset toy2d                   a minute on a CPU: from noise to a ring
+    python train.py --dataset cifar10 --data DIR      pictures; `python data.py download` gets them
+    python train.py --perflow runs/toy2d/checkpoint.pt     a few-step student of any checkpoint
+    python train.py --resume --out runs/toy2d         go on where a run stopped
+    torchrun --nproc_per_node 8 train.py --dataset latents --data DIR
 
 A run leaves OUT/checkpoint.pt, OUT/log.jsonl and its pictures. Everything drawn in a step comes
 from generators seeded by (seed, step, micro-batch), the micro-batches of a step counted over ranks
@@ -92,6 +93,8 @@ PRESETS = {
     "cifar10": IMAGES | dict(depth=8, steps=200_000, lr=3e-4),
     "latents": IMAGES | dict(depth=12, steps=500_000, lr=1e-4),
 }
+# --network mmdit on the toy
+POINTS = dict(steps=6_000, batch_size=256, lr=2e-3, clip=1.0)
 DEFAULTS = dict(
     mixture="ring",
     conditional=False,
@@ -119,7 +122,13 @@ PERFLOW_PRESETS = {
     "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4),
     "latents": dict(steps=20_000, batch_size=256, lr=5e-5),
 }
-MAY_CHANGE = ("steps", "accumulate", "compile", "data")  # between a run and its resumption
+MAY_CHANGE = (
+    "steps",
+    "accumulate",
+    "compile",
+    "data",
+    "perflow",
+)  # between a run and its resumption
 
 
 def make_parser() -> Parser:
@@ -225,8 +234,11 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
                 raise ValueError(
                     f"{flag} differs from the run in {out}, which has {str(config.get(key))[:80]}"
                 )
+        if given.get("steps", config["steps"]) < checkpoint["step"]:
+            raise ValueError(f"--steps {args.steps}: {out} is at step {checkpoint['step']} already")
         return config | {key: given[key] for key in MAY_CHANGE if key in given}, out, checkpoint
-    config = DEFAULTS | PRESETS[name] | given
+    points = name == "toy2d" and given.get("network") == "mmdit"
+    config = DEFAULTS | PRESETS[name] | (POINTS if points else {}) | given
     if student:
         for key in ("dataset", "mixture", "network", "depth", "formulation", "conditional"):
             if given.get(key, teacher[key]) != teacher[key]:
@@ -236,6 +248,8 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         scale, guidance = config["teacher_cfg"], config["guidance"]
         if guidance == "fixed":
             config["dropout"] = [0.0, 0.0]
+        if guidance == "fixed" and name == "toy2d" and not config["conditional"]:
+            raise ValueError("--guidance fixed needs a conditional teacher; this one is not")
         if (scale != 1) != (guidance == "fixed"):
             raise ValueError(
                 f"--guidance {guidance} --teacher-cfg {scale:g} do not go together: fixed solves "
@@ -243,6 +257,10 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
             )
     elif unused := sorted(given.keys() & (PERFLOW.keys() - {"reuse"})):
         raise ValueError(f"--{unused[0].replace('_', '-')} needs --perflow TEACHER")
+    if name != "toy2d" and (
+        toy := sorted(given.keys() & {"mixture", "conditional", "network"} - teacher.keys())
+    ):
+        raise ValueError(f"--{toy[0]} is for toy2d, not for {name}")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
         raise ValueError(f"--lr {config['lr']} is not a positive number")
     formula = formulation(config["formulation"], config["shift"])  # a bad name ends here,
@@ -250,7 +268,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
     if isinstance(config["mixture"], str):
         config["mixture"] = toy2d.load_mixture(config["mixture"]).spec()
     out = args.out or File("runs") / (f"{base}-{len(taken) + 1}" if taken else base)
-    if (out / "checkpoint.pt").exists():
+    if (out / "checkpoint.pt").exists() and int(os.environ.get("RANK", 0)) == 0:
         raise ValueError(
             f"--out {out} holds a run already: --resume goes on with it, another --out keeps it"
         )
@@ -512,6 +530,10 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
     if config["dataset"] != "toy2d":
         cfg = 2.0 if config["guidance"] == "sync" else 1.0
         for model, name in ((teacher, "teacher"), (sampler, "student")):
+            if model is teacher and config["guidance"] == "fixed":
+                cfg = config["teacher_cfg"]
+            elif config["guidance"] == "fixed":
+                cfg = 1.0
             for steps in (K, 50 if model is teacher else 2 * K):
                 save_grid(model, out, dataset, cfg, steps, f"{name}-{steps}")
         print(f"pictures: {out}/teacher-{K}.png, teacher-50, student-{K}, student-{2 * K}")
@@ -525,7 +547,8 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
             if model is sampler and steps < K:
                 left, right = left + f"{'-':>20}", right + f"{'-':>14}"
                 continue
-            run = functools.partial(model.sample, steps=steps)
+            scale = config["teacher_cfg"] if model is teacher else 1.0
+            run = functools.partial(model.sample, steps=steps, cfg=scale)
             y = toy2d.yardsticks(run, dataset, config["conditional"])
             energy[model is sampler, steps] = y["energy"]
             left += f"{y['energy']:13.2e} +-{y['energy_error']:.0e}"
@@ -537,12 +560,14 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
         print(f"4-step gap (the teacher's 4 steps less its 100) closed: {closed:.1%}")
     reference = toy2d.reference(dataset, 0, 10_000, config["conditional"])
     cond = [reference.labels[:2000]] * config["conditional"]
-    for model, name in ((teacher, "teacher"), (sampler, "student")):
-        ratios = sampler.flow.straightness(model.velocity, reference.noise[:2000], *cond)
+    fields = {"teacher": teacher.velocity, "student": sampler.velocity}
+    if config["parameterization"] == "epsilon":  # both on the teacher's path
+        fields["teacher"] = teacher.formulation.velocity(teacher.network)
+    for name, field in fields.items():
+        ratios = sampler.flow.straightness(field, reference.noise[:2000], *cond)
         windows = " ".join(f"{r:.1e}" for r in ratios.tolist())
         print(f"curvature of the {name}: mean {ratios.mean():.1e}, by window {windows}")
     edges = sampler.flow.edges.flip(0).tolist()
-    fields = {"teacher": teacher.velocity, "student": sampler.velocity}
     toy2d.draw_windows(fields, dataset, edges, *sampler.network.null_cond).save(out / "windows.png")
     print(f"pictures: {out}/windows.png")
 
@@ -597,12 +622,13 @@ def main() -> None:
         micros = world * config["accumulate"]
         if config["batch_size"] % (micros * config["reuse"]):
             raise ValueError(
-                f"--batch-size {config['batch_size']} does not divide into {micros} micro-batches"
+                f"--batch-size {config['batch_size']} is no multiple of {micros * config['reuse']}"
             )
         dataset = sample.open_dataset(config)
         if config["dataset"] != "toy2d":
-            if checkpoint and config["spec"] != dataset.spec():
-                raise ValueError(f"the data in {config['data']} are not those of the run in {out}")
+            if config.get("spec", dataset.spec()) != dataset.spec():
+                trained = config["perflow"] or out
+                raise ValueError(f"the data in {config['data']} are not those of {trained}")
             config["spec"] = dataset.spec()
             usual = [0.1] if config["spec"]["classes"] else [0.464, 0.464]
             config["dropout"] = config["dropout"] or usual
@@ -612,7 +638,7 @@ def main() -> None:
         teacher = None
         if config["perflow"]:
             teacher = sample.load(config["perflow"], device)
-            network.load_state_dict(teacher.network.state_dict())
+            sample.load_weights(network, teacher.network.state_dict(), config["perflow"])
         core = getattr(network, "mmdit", network)
         core.checkpointing = (config["depth"] or 0) >= 30  # activation checkpointing
         average = copy.deepcopy(network).requires_grad_(False).eval()
@@ -633,13 +659,13 @@ def main() -> None:
                 }
                 save(out / "checkpoint.pt", {"config": config, "step": step, **state})
 
+        if world > 1:  # and wait: rank 0's first checkpoint must not meet a rank still to start
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             cut_log(out / "log.jsonl", start)
         if not checkpoint:
             save_at(0)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if config["network"] == "mlp":
         torch.set_num_threads(1)  # for this MLP two threads are slower than one
     torch.backends.cuda.matmul.allow_tf32 = True

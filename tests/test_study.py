@@ -17,6 +17,7 @@ from toy2d import load_mixture
 def test_ranks_share_ties():
     assert study.ranks([0.3, 0.1, 0.2]).tolist() == [3, 1, 2]
     assert study.ranks([1, 0, 1, 1]).tolist() == [3, 1, 3, 3]
+    assert study.ranks([0.1, float("nan"), 0.2]).tolist() == [1, 3, 2]  # diverged is last
 
 
 def test_rank_correlation():

@@ -452,6 +452,8 @@ def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
         (["--perflow", teacher, "--guidance", "fixed"], "do not go together"),
         (["--perflow", tmp_path / "student.pt"], "is itself a PeRFlow student"),
         (["--perflow", "none.pt"], "No such file"),
+        (["--perflow", teacher, "--batch-size", "6"], "--batch-size 6 is no multiple of 4"),
+        (["--resume", "--out", finished[0], "--steps", "5"], "is at step 450 already"),
         (["--windows", "4"], "--windows needs --perflow"),
         (["--perflow", teacher, "--windows", "0"], "at least 1"),
     ):
