@@ -129,8 +129,8 @@ def kill_and_resume(tmp_path, kills):
     """kill -9 at random moments (a save follows every log line here); afterwards the run ends as
     if never killed.
     """
-    often = "block=5, log_every=5, save_every=5, eval_every=50"
-    flags = ["--dataset", "toy2d", "--steps", 1500, "--batch-size", 16]
+    often = "block=5, log_every=5, save_every=5, eval_every=500"
+    flags = ["--dataset", "toy2d", "--steps", 1000, "--batch-size", 16]
     out, rng = tmp_path / "killed", random.Random(0)
     for kill in range(kills):
         args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
