@@ -1,12 +1,10 @@
-"""Rectified flow and its relatives: equations (1)-(22) of *Scaling Rectified Flow Transformers*
-(SD3).
+"""Rectified flow and its relatives: (1)-(22) of *Scaling Rectified Flow Transformers* (SD3).
 
-Sections 2 and 3 of the paper: paths, predictions, timestep densities, the loss and its weights,
-the ODE solver. Time convention, here and everywhere: t = 0 is data, t = 1 is noise. Sampling runs
-from 1 down to 0. One idea carries the file: the network's input z = a x0 + b eps and its target p
-x0 + q eps are two vectors in the plane of (x0, eps), so its output gives both back: no branch for
-eps-, v-, x0- or F-prediction exists anywhere. Read next: `toy2d.py`, where p_t and u_t are exact;
-`mmdit.py`, the network.
+Sections 2 and 3: paths, predictions, timestep densities, the loss and its weights, the ODE solver.
+Time convention, here and everywhere: t = 0 is data, t = 1 is noise; sampling runs from 1 to 0.
+One idea carries the file: the network's input z = a x0 + b eps and its target p x0 + q eps are two
+vectors in the plane of (x0, eps), so its output gives both back, without a branch for predictions.
+Read next: `toy2d.py`, where p_t and u_t are exact; `mmdit.py`, the network.
 """
 
 from __future__ import annotations
@@ -19,9 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Field = Callable[
-    ..., Tensor
-]  # f(z (B,...), t (B,), *cond) -> (B,...): a network or a velocity field
+# f(z (B,...), t (B,), *cond) -> (B,...): a network or a velocity field
+Field = Callable[..., Tensor]
 
 
 def at_least_float32(t: Tensor | float) -> Tensor:

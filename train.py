@@ -122,13 +122,8 @@ PERFLOW_PRESETS = {
     "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4),
     "latents": dict(steps=20_000, batch_size=256, lr=5e-5),
 }
-MAY_CHANGE = (
-    "steps",
-    "accumulate",
-    "compile",
-    "data",
-    "perflow",
-)  # between a run and its resumption
+# Between a run and its resumption
+MAY_CHANGE = ("steps", "accumulate", "compile", "data", "perflow")
 
 
 def make_parser() -> Parser:
@@ -528,14 +523,12 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
     change = norm(delta) / norm(teacher.network.state_dict())
     print(f"{out}/delta.pt: |Delta W|/|W| = {change:.3f}")
     if config["dataset"] != "toy2d":
-        cfg = 2.0 if config["guidance"] == "sync" else 1.0
-        for model, name in ((teacher, "teacher"), (sampler, "student")):
-            if model is teacher and config["guidance"] == "fixed":
-                cfg = config["teacher_cfg"]
-            elif config["guidance"] == "fixed":
-                cfg = 1.0
+        teacher_cfg, cfg = (config["teacher_cfg"], 1.0)
+        if config["guidance"] == "sync":
+            teacher_cfg = cfg = 2.0
+        for model, name, scale in ((teacher, "teacher", teacher_cfg), (sampler, "student", cfg)):
             for steps in (K, 50 if model is teacher else 2 * K):
-                save_grid(model, out, dataset, cfg, steps, f"{name}-{steps}")
+                save_grid(model, out, dataset, scale, steps, f"{name}-{steps}")
         print(f"pictures: {out}/teacher-{K}.png, teacher-50, student-{K}, student-{2 * K}")
         return
     print(f"{'':12}{'energy distance above the exact field':>40}{'further than 4 sigma':>28}")
