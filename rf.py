@@ -98,15 +98,14 @@ class Path:
         return da / a * z - (b * da / a - db) * eps
 
     def shift(self, t: Tensor, s: float) -> Tensor:
-        """SD3 5.3.2: t_m = s t_n/(1 + (s - 1) t_n) on the RF path, s = sqrt(m/n); on any, lambda_m
-        = lambda_n - 2 log s.
+        """SD3 5.3.2: t_m = s t_n/(1 + (s - 1) t_n) on the RF path, s = sqrt(m/n).
+
+        On any path: lambda_m = lambda_n - 2 log s.
         """
         return t if s == 1 else self.time(self.log_snr(t) - 2 * math.log(s))
 
     def grid(self, steps: int) -> Tensor:
-        """The default times of a sampler with `steps` steps: (steps + 1,) float64, from t_max down
-        to t_min.
-        """
+        """The default times of `steps` steps: (steps + 1,) float64, from t_max down to t_min."""
         return torch.linspace(self.t_max, self.t_min, steps + 1, dtype=torch.float64)
 
 
@@ -189,8 +188,9 @@ class DDPMLinear(LDMLinear):
 
 
 class EDM(Path):
-    """(14): z_t = x0 + b_t eps, b_t = exp F_N^-1(t | P_m, P_s^2), so that (15) lambda_t ~ N(-2
-    P_m, (2 P_s)^2), t ~ U.
+    """(14): z_t = x0 + b_t eps, b_t = exp F_N^-1(t | P_m, P_s^2).
+
+    So for t ~ U (15): lambda_t ~ N(-2 P_m, (2 P_s)^2).
 
     b runs from 0 to infinity, so t stops short of both ends: at the quantiles 1e-4 and 1 - 1e-4 of
     sigma.
@@ -227,8 +227,7 @@ class EDM(Path):
 
 
 class MatchedEDM(EDM):
-    """z_t = x0 + b_t eps with another path's log-SNR: b_t = t/(1-t) for rf's, tan(pi t/2) for
-    cosine's.
+    """z_t = x0 + b_t eps, the log-SNR another path's: b_t = t/(1-t) (rf), tan(pi t/2) (cosine).
 
     Our reading of `edm/rf` and `edm/cos`: the paper says only that they match "the log-SNR
     weighting".
@@ -338,9 +337,7 @@ class Mode:
 
 
 class CosMap:
-    """(21): t = f(u) = 1 - 1/(tan(pi u/2) + 1), u ~ U(0, 1), which gives rf the cosine path's
-    log-SNR.
-    """
+    """(21): t = f(u) = 1 - 1/(tan(pi u/2) + 1), u ~ U(0, 1): the cosine path's log-SNR, on rf."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         u = math.pi / 2 * _draw(n, generator)
@@ -358,8 +355,7 @@ class CosMap:
 
 @dataclass(frozen=True)
 class Formulation:
-    """A path, what the network predicts on it (a key of PREDICTIONS), and the density of t in
-    training.
+    """A path, what the network predicts on it (a key of PREDICTIONS), and training's density of t.
 
     A network is always called as network(c_in(t) z, t, *cond), with z (B,...), t (B,) in [0, 1].
     """
@@ -385,8 +381,7 @@ class Formulation:
         return t.clamp(self.path.t_min, self.path.t_max)
 
     def pair(self, x0: Tensor, eps: Tensor, t: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
-        """A training example: the network's input c_in (a x0 + b eps) and its target p x0 + q eps,
-        both (B,...).
+        """The network's input c_in (a x0 + b eps) and its target p x0 + q eps, both (B,...).
 
         The conditions do not matter here; they do for PeRFlow's pairs, which a teacher makes.
         """
@@ -396,9 +391,7 @@ class Formulation:
     def examples(
         self, x0: Tensor, *cond: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """(z, t, target, *cond), with t ~ pi and eps ~ N(0, I) drawn: what one step of training
-        needs.
-        """
+        """(z, t, target, *cond), t ~ pi and eps ~ N(0, I) drawn: what a step of training needs."""
         device = generator.device if generator else x0.device
         t = self.draw(len(x0), generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype).to(
@@ -418,8 +411,9 @@ class Formulation:
         return (network(z, t, *cond) - target).square().mean()
 
     def weight(self, t: Tensor) -> Tensor:
-        """w_t = -2 pi(t) (det/a)^2 / lambda'_t: the loss is L_w(x0) = -1/2 E_{t~U} w_t lambda'_t
-        |eps_Theta - eps|^2.
+        """w_t = -2 pi(t) (det/a)^2 / lambda'_t, the constant included.
+
+        The loss is L_w(x0) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2.
 
         (18) t/(1-t) pi(t) for rf, (16) for EDM's F, sech(lambda/2)/pi for eps/cos, (2/pi)
         e^(-lambda/2) for v/cos. With lambda' = 2 (a' b - b' a)/(a b), so that nothing is 0 * inf
@@ -439,8 +433,7 @@ class Formulation:
         return pi * (a * q - b * p) ** 2 * b / (a * (a * db - b * da))
 
     def ends(self, network: Field) -> Callable[..., tuple[Tensor, Tensor]]:
-        """What the output o means: f(z, t, *cond) = (x0_hat, eps_hat), both ends of the line
-        through z.
+        """What an output means: f(z, t, *cond) = (x0_hat, eps_hat), the ends of the line through z.
 
         z = a x0 + b eps and o = p x0 + q eps, solved for x0 and eps; det = a q - b p.
         """
@@ -454,9 +447,7 @@ class Formulation:
         return ends
 
     def velocity(self, network: Field) -> Field:
-        """The velocity field v(z, t, *cond) = a' x0_hat + b' eps_hat on this formulation's own
-        path.
-        """
+        """The velocity field v(z, t, *cond) = a' x0_hat + b' eps_hat, on this path."""
         ends = self.ends(network)
 
         def velocity(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -492,8 +483,7 @@ class Formulation:
         steps: int,
         times: Sequence[float] | Tensor | None = None,
     ) -> Tensor:
-        """Standard noise (B,...) -> x0 (B,...) in `steps` evaluations, by the first-order step of
-        the plane.
+        """Standard noise (B,...) -> x0 (B,...) in `steps` first-order steps of the plane.
 
         z_s = a_s x0_hat + b_s eps_hat is Euler in t for rf, DDIM for variance-preserving paths,
         Euler in sigma for EDM. The last step returns x0_hat. `times` (steps + 1, decreasing)
@@ -604,8 +594,7 @@ def solve(
     method: str = "euler",
     times: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """(1): carry z (B,...) along dz = v(z, t, *cond) dt from t_start to t_end (noise to data by
-    default).
+    """(1): carry z (B,...) along dz = v(z, t, *cond) dt, by default from noise to data.
 
     Never scales z. t_start and t_end are numbers or (B,), each sample its own interval; `times`,
     (steps + 1,) or (steps + 1, B), replaces the uniform grid between them. ValueError on an
@@ -631,8 +620,7 @@ def solve(
 
 
 def guide(velocity: Field, null_cond: Sequence[Tensor], scale: float) -> Field:
-    """Classifier-free guidance: v_uncond + scale (v_cond - v_uncond), in one batch of 2B; scale 1
-    is off.
+    """Guidance: v_uncond + scale (v_cond - v_uncond), in one batch of 2B; scale 1 is off.
 
     null_cond is aligned with *cond, each entry broadcast over the batch. Works on a velocity field
     as on a network.

@@ -44,9 +44,7 @@ def open_dataset(config: dict):
 
 
 def build(config: dict) -> nn.Module:
-    """The network that a configuration describes, freshly initialised; `null_cond` is its null
-    condition.
-    """
+    """A configuration's network, freshly initialised; `null_cond` is its null condition."""
     if config["dataset"] == "toy2d":
         classes = len(config["mixture"]["weights"]) if config["conditional"] else 0
         if config["network"] == "mlp":
@@ -127,9 +125,7 @@ class Sampler:
 
 
 def student_field(config: dict, formula: Formulation, network: Field) -> Field:
-    """What a PeRFlow student's network is trained as: a velocity field on the RF path, or
-    itself.
-    """
+    """What a PeRFlow student trains as: a velocity field on the RF path, or the eps-network."""
     return network if config["parameterization"] == "epsilon" else formula.rectified(network)
 
 
@@ -331,8 +327,9 @@ def class_rows(spec: dict, columns: int) -> tuple[tuple[Tensor], list[str]]:
 
 
 def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
-    """A labelled grid, or any number of samples in the ADM evaluator's layout: arr_0 uint8
-    (N,H,W,3), arr_1 labels.
+    """A labelled grid, or any number of samples as the ADM evaluator reads them.
+
+    That is an .npz with arr_0 uint8 (N,H,W,3) and arr_1 the labels.
     """
     config, columns, names = sampler.config, 10, []
     spec = config["spec"]

@@ -4,8 +4,8 @@
     python study.py delta TEACHER DELTA      PeRFlow's Delta W on customised models
     python study.py exact                    what each path costs, with the exact field
     python study.py paths, densities         pictures of both
-    python study.py bench                    the toy's training step against a bare loop
-    python study.py mmdit --depth 12         MM-DiT against a large matmul
+    python study.py bench                    the toy's training step against a bare loop, and
+                                             MM-DiT's against a large matmul
 
 Time: t = 0 is data, t = 1 is noise. Read before: `rf.py` for the formulations, `train.py` for the
 loop.
@@ -47,9 +47,7 @@ from sample import check_device, default_device
 def bare_loop(
     network: torch.nn.Module, mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool
 ) -> Iterator:
-    """What one would write for rf alone: no EMA, no schedule, no log; `block` batches drawn at
-    once.
-    """
+    """What one would write for rf alone: no EMA, schedule or log; `block` batches drawn at once."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.9, 0.99), fused=fused)
     while True:
         x0, _ = mixture.sample(size * block)
@@ -79,6 +77,14 @@ def our_loop(network: torch.nn.Module, mixture: toy2d.GaussianMixture, config: d
 
 
 def bench(args: argparse.Namespace) -> None:
+    """Both halves of the project: the toy's loop, then the network of images."""
+    threads = torch.get_num_threads()
+    bench_toy(args)
+    torch.set_num_threads(threads)
+    bench_mmdit(args)
+
+
+def bench_toy(args: argparse.Namespace) -> None:
     """The loops take turns, so that a busy moment hits all; medians of the rounds' ratios."""
     torch.set_num_threads(1)
     mixture, network = toy2d.load_mixture("ring"), toy2d.MLP()
@@ -104,46 +110,34 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def bench_mmdit(args: argparse.Namespace) -> None:
-    """MM-DiT's forward and backward on noise: size, time, and FLOP/s against a large matmul's in
-    the same run.
-    """
-    device, dtype = (
-        check_device(args.device),
-        {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision],
-    )
+    """Forward and backward on noise: size, time, and FLOP/s beside a large matmul's."""
+    device = check_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = True
     side = 16 * args.scale  # latents of 32 x 32 in patches of 2: 256 tokens
-    network = MMDiT(args.depth, pos_embed_max_size=side, qk_norm=args.precision == "bf16").to(
-        device
-    )
+    network = MMDiT(args.depth, pos_embed_max_size=side).to(device)
     model = torch.compile(network) if args.compile else network
-    x, t = (
-        torch.randn(args.batch_size, 16, 2 * side, 2 * side, device=device),
-        torch.rand(args.batch_size, device=device),
-    )
-    context = torch.randn(args.batch_size, args.context, 4096, device=device)
-    pooled = torch.randn(args.batch_size, 2048, device=device)
+    B, noise = args.batch_size, partial(torch.randn, device=device)
+    inputs = noise(B, 16, 2 * side, 2 * side), torch.rand(B, device=device)
+    cond = noise(B, args.context, 4096), noise(B, 2048)
 
     def step() -> None:
         network.zero_grad()
         with train.autocast({"precision": args.precision}, device):
-            out = model(x, t, context, pooled)
+            out = model(*inputs, *cond)
         out.float().square().mean().backward()
 
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    a, b = noise(2, n, n, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
     product = torch.empty_like(a)
     matmul = 2 * n**3 / timed(lambda: torch.mm(a, b, out=product), device)
     time_step = timed(step, device)
-    flops = (
-        3 * args.batch_size * network.flops(2 * side, 2 * side, args.context)
-    )  # backward is twice forward
+    rate = 3 * B * network.flops(2 * side, 2 * side, args.context) / time_step  # backward is 2
     size = sum(p.numel() for p in network.parameters())
-    tokens = f"{side * side} + {args.context} tokens, batch {args.batch_size}"
-    print(f"MM-DiT depth {args.depth}, {size / 1e6:.1f}M, {tokens}, {args.precision}, {device}")
-    print(f"forward + backward {1e3 * time_step:.1f} ms, {flops / time_step / 1e12:.3f} TFLOP/s")
-    share = flops / time_step / matmul
-    print(f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {share:.0%} of it is reached")
+    tokens = f"{side * side} + {args.context} tokens, batch {B}"
+    how = f"{args.precision}{' compiled' * args.compile}, {device}"
+    print(f"MM-DiT depth {args.depth}, {size / 1e6:.1f}M parameters, {tokens}, {how}")
+    print(f"forward + backward {1e3 * time_step:.1f} ms, {rate / 1e12:.3f} TFLOP/s")
+    print(f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {rate / matmul:.0%} of it is reached")
 
 
 def timed(run: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
@@ -191,9 +185,7 @@ STEPS = (5, 10, 25, 50)
 
 
 def study_mixture(name: str) -> toy2d.GaussianMixture:
-    """A named mixture of unit standard deviation, or with "-unscaled" behind it as it was
-    before.
-    """
+    """A named mixture of unit standard deviation, or, with "-unscaled" behind, as it was before."""
     raw = name.removesuffix("-unscaled")
     if raw not in toy2d.MIXTURES:
         raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(toy2d.MIXTURES)}")
@@ -248,9 +240,7 @@ def cancelling(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
-    """The runs of these (name, mixture, seed): those in `out` are read, the others made and
-    kept.
-    """
+    """The runs of these (name, mixture, seed): read from `out`, or made and kept there."""
     out.mkdir(parents=True, exist_ok=True)
     there = [run_file(out, *job) for job in jobs if run_file(out, *job).exists()]
     other = {json.loads(file.read_text())["steps"] for file in there} - {steps}
@@ -476,9 +466,7 @@ def paths(args: argparse.Namespace) -> None:
 
 
 def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, size: int = 420) -> Image.Image:
-    """Lines (x, y) in one frame, with a legend; y is cut to the frame's range, 0 to 4 or -12 to
-    12.
-    """
+    """Lines (x, y) in one frame, with a legend; y is cut to the frame, 0 to 4 or -12 to 12."""
     low, high = (0, 4) if min(y.min() for _, y in curves.values()) >= 0 else (-12, 12)
     image = Image.new("RGB", (2 * size, 2 * size), toy2d.FRAME)
     draw, left = ImageDraw.Draw(image), 70
@@ -520,10 +508,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser(
-        "bench", help="the training step against a bare loop, interleaved"
+        "bench", help="the toy's step against a bare loop, MM-DiT's against a large matmul"
     ).add_argument
-    add("--rounds", type=positive, default=12, help="of 250 steps each (default: 12)")
-    add = commands.add_parser("mmdit", help="MM-DiT's speed against a large matmul's").add_argument
+    add("--rounds", type=positive, default=12, help="of the toy, 250 steps each (default: 12)")
     add("--depth", type=positive, default=6, help="blocks, heads, width / 64 (default: 6)")
     add(
         "--scale",
@@ -562,9 +549,9 @@ def main() -> None:
     ).add_argument
     add("--out", type=File, default=File("densities.png"), help="(default: densities.png)")
     args = parser.parse_args()
-    runs = (bench, bench_mmdit, rank, exact, paths, densities, delta)
+    runs = {run.__name__: run for run in (bench, rank, delta, exact, paths, densities)}
     with parser.one_line_errors():
-        {run.__name__.removeprefix("bench_"): run for run in runs}[args.command](args)
+        runs[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The 2-D laboratory: mixtures of Gaussians, where p_t (3), u_t (6) and so the loss (7) are known
-exactly.
+"""The 2-D laboratory: mixtures of Gaussians, where p_t (3), u_t (6) and loss (7) are exact.
 
 Here a trained network is compared with the truth, not with another network: relative excess,
 paired energy distance, mode counts. Also the small network, and the pictures. Time: t = 0 is data,
@@ -30,8 +29,7 @@ from rf import Field, Formulation, Path, RectifiedFlow, solve
 
 
 class GaussianMixture:
-    """x0 ~ sum_k w_k N(mu_k, Sigma_k) in the plane: means (K,2), covs (K,2,2), weights (K,), as
-    tensors or lists.
+    """x0 ~ sum_k w_k N(mu_k, Sigma_k): means (K,2), covs (K,2,2), weights (K,), tensors or lists.
 
     The weights are normalised. ValueError on shapes that do not fit, non-finite numbers, weights
     that are not positive, and matrices that are no covariance. A label is a component's index;
@@ -70,9 +68,7 @@ class GaussianMixture:
         self.variances = self.variances.clamp(min=0)
 
     def standardized(self) -> GaussianMixture:
-        """The same mixture shifted and scaled to mean 0 and unit standard deviation (one scale for
-        both axes).
-        """
+        """The same mixture at mean 0 and unit standard deviation (one scale for both axes)."""
         mean = self.weights @ self.means
         var = self.weights @ (((self.means - mean) ** 2).sum(1) + self.variances.sum(1)) / 2
         return GaussianMixture((self.means - mean) / var.sqrt(), self.covs / var, self.weights)
@@ -97,9 +93,7 @@ class GaussianMixture:
         return self.means.float()[labels] + (factors.float()[labels] * xi).sum(-1), labels
 
     def _components(self, z: Tensor, t: Tensor, path: Path) -> tuple[Tensor, ...]:
-        """Of each component of p_t, N(a mu_k, a^2 Sigma_k + b^2 I) on its own axes: log density,
-        offset, variances.
-        """
+        """Each component of p_t, N(a mu_k, a^2 Sigma_k + b^2 I): log density, offset, variances."""
         a, b, _, _ = path.coefficients(t.double().reshape(-1, 1, 1))  # (B,1,1) or (1,1,1)
         offset = torch.einsum(
             "bki,kij->bkj", z.double()[:, None] - a * self.means, self.axes
@@ -116,9 +110,7 @@ class GaussianMixture:
     def ends(
         self, z: Tensor, t: Tensor, path: Path, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The posterior means E[x0 | z_t = z] and E[eps | z_t = z], (B,2) each; given the label
-        (B,) too.
-        """
+        """E[x0 | z_t = z] and E[eps | z_t = z], (B,2) each; given labels (B,), of those modes."""
         log_p, offset, var, a, b = self._components(z, t, path)
         log_r = log_p + self.weights.log()
         if labels is not None:
@@ -162,9 +154,7 @@ def _grid() -> GaussianMixture:
 
 
 def _spiral() -> GaussianMixture:
-    """Twelve elongated components along an Archimedean spiral, the outer ones longer and
-    heavier.
-    """
+    """Twelve elongated components along a spiral, the outer ones longer and heavier."""
     k = torch.arange(12, dtype=torch.float64)
     angle = 2 * math.pi * torch.sqrt((k + 1) / 6)
     radius = angle / 2
@@ -185,8 +175,7 @@ MIXTURES = {"ring": _ring, "grid": _grid, "spiral": _spiral}
 
 
 def load_mixture(name: str) -> GaussianMixture:
-    """A named mixture, standardized, or FILE.json with the keys means, covs and weights, taken as
-    it is.
+    """A named mixture, standardized, or FILE.json (means, covs, weights), taken as it is.
 
     ValueError where the name is unknown, the file missing or its content no mixture.
     """
@@ -249,9 +238,7 @@ class MLP(nn.Module):
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|x-y| - E|x-x'| - E|y-y'| of samples (n,2), (m,2): no bias, no root, so slightly negative
-    at times.
-    """
+    """2 E|x-y| - E|x-x'| - E|y-y'| of (n,2) and (m,2): no bias, no root, maybe below 0."""
     n, m = len(x), len(y)
     return 2 * _total(x, y) / (n * m) - _total(x, x) / (n * (n - 1)) - _total(y, y) / (m * (m - 1))
 
@@ -275,9 +262,7 @@ def mahalanobis(x: Tensor, mixture: GaussianMixture) -> Tensor:
 def _excess_examples(
     formulation: Formulation, mixture: GaussianMixture, conditional: bool, n: int, seed: int
 ):
-    """Network inputs z, t (and labels) with the exact E[target | z], the best any network can
-    answer.
-    """
+    """Network inputs z, t (and labels) with E[target | z], the best that a network can answer."""
     generator = torch.Generator().manual_seed(seed)
     path = formulation.path
     x0, labels = mixture.sample(n, generator)
@@ -301,8 +286,7 @@ def relative_excess(
     n: int = 65536,
     seed: int = 0,
 ) -> float:
-    """E |o_Theta - E[target | z]|^2 / E |E[target | z]|^2 over t ~ U[t_min, t_max] and z ~ p_t; 0
-    is perfect.
+    """E |o_Theta - E[target | z]|^2 / E |E[target | z]|^2, t ~ U[t_min, t_max], z ~ p_t; 0 is best.
 
     For rf it is (7) over E|u_t|^2: the loss (8) without the part that no network can learn away.
     """
@@ -311,9 +295,7 @@ def relative_excess(
 
 
 class Reference(NamedTuple):
-    """What a sampler is compared with on one noise seed: all (n,2), the labels and the exact
-    field's figures.
-    """
+    """What a sampler meets on a noise seed: all (n,2), the labels, the exact field's figures."""
 
     data: Tensor
     labels: Tensor
@@ -337,9 +319,7 @@ def reference(
 
 
 def sample_figures(x: Tensor, data: Tensor, mixture: GaussianMixture) -> dict[str, float]:
-    """Of samples x (n,2): energy distance to the data, total variation of the mode counts, share
-    of outliers.
-    """
+    """Of samples x (n,2): energy distance, total variation of the mode counts, outliers' share."""
     nearest = mahalanobis(x, mixture).min(dim=1)
     counts = torch.bincount(nearest.indices, minlength=len(mixture.weights)) / len(x)
     return {
@@ -365,8 +345,9 @@ def yardsticks(
     seeds: int = 3,
     n: int = 10_000,
 ) -> dict[str, float]:
-    """sampler(noise (n,2)[, labels (n,)]) -> x0, against the exact field: same noise, same data,
-    mean over seeds.
+    """sampler(noise (n,2)[, labels (n,)]) -> x0 against the exact field, the mean over seeds.
+
+    Both start at the same noise and meet the same data.
 
     energy: the difference of the two energy distances (most of either is multinomial noise in the
     modes' counts) and energy_error, its standard error over seeds; total_variation and outliers,
@@ -402,9 +383,7 @@ GLOW = np.array([(13, 15, 24), (22, 32, 66), (38, 58, 112), (74, 92, 150), (128,
 
 
 class Canvas:
-    """A square panel over [-extent, extent]^2, drawn at twice its size and then reduced, for
-    smooth edges.
-    """
+    """A panel over [-extent, extent]^2, drawn at twice its size and reduced: smooth edges."""
 
     def __init__(self, mixture: GaussianMixture, size: int = 340):
         reach = mixture.means.norm(dim=1) + 3.5 * mixture.variances.max(dim=1).values.sqrt()
@@ -419,9 +398,7 @@ class Canvas:
         return ((x.numpy() / self.extent * [1, -1] + 1) * self.size / 2).astype(np.float32)
 
     def glow(self, t: float) -> Canvas:
-        """p_t of the RF path, every picture's background; the square root keeps the faint parts
-        visible.
-        """
+        """p_t of the RF path, each picture's background; its root keeps the faint parts visible."""
         n = self.size // 4
         axis = torch.linspace(-1, 1, n, dtype=torch.float64) * self.extent
         grid = torch.stack([axis.expand(n, n), -axis[:, None].expand(n, n)], dim=-1).reshape(-1, 2)
@@ -524,9 +501,7 @@ def draw_flow(field: Field, mixture: GaussianMixture, *null: Tensor, seed: int =
 
 @torch.no_grad()
 def draw_field(field: Field, mixture: GaussianMixture, *null: Tensor) -> Image.Image:
-    """The learned velocity field beside the exact one at three times, and how far they are apart
-    under p_t.
-    """
+    """The learned field beside the exact one at three times, and their distance under p_t."""
     exact, path = mixture.field(RectifiedFlow()), RectifiedFlow()
     generator = torch.Generator().manual_seed(0)
     x0, eps, rows = (
@@ -586,9 +561,7 @@ def draw_samples(
 def save_gif(
     file: File, field: Field, mixture: GaussianMixture, *null: Tensor, frames: int = 48
 ) -> None:
-    """The flow of 700 particles from noise to data, with short tails, over p_t; pauses at both
-    ends.
-    """
+    """700 particles from noise to data, with short tails, over p_t; pauses at both ends."""
     noise = torch.randn(700, 2, generator=torch.Generator().manual_seed(2))
     null = tuple(c.expand(len(noise)) for c in null)
     zs, colours = trajectory(field, noise, torch.linspace(1, 0, frames + 1), *null), hues(noise)

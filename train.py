@@ -26,7 +26,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as File
 
@@ -275,9 +276,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
 
 
 def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose seed is a hash of the numbers (by their sum, step 1 of seed 0 would be
-    step 0 of seed 1).
-    """
+    """A generator of the numbers' hash (by their sum, seed 0's step 1 were seed 1's step 0)."""
     state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[
         0
     ]
@@ -301,9 +300,7 @@ def drop(
 def make_source(
     config: dict, dataset, device: torch.device, micro: int, micros: int
 ) -> Callable[[int], list[Tensor]]:
-    """A function block -> [x0, *cond]: the data of one micro-batch, for a block of steps, on the
-    device.
-    """
+    """block -> [x0, *cond] on the device: a micro-batch's data for a block of steps."""
     size = config["batch_size"] // micros // config["reuse"]
     if config["dataset"] == "toy2d":
         draw = lambda block: dataset.sample(
@@ -328,9 +325,7 @@ def make_source(
 def examples(
     config: dict, objective, source, null_cond, start: int, micro: int, device: torch.device
 ) -> Iterator[tuple]:
-    """(z, t, target, *cond) of step start, start + 1, ...: drawn in whole blocks of steps, the
-    next one in advance.
-    """
+    """(z, t, target, *cond) of step start, start + 1, ..., in whole blocks, the next in advance."""
     size = config["block"]
 
     @torch.no_grad()
@@ -432,12 +427,12 @@ def training_flops(config: dict, network: MMDiT) -> int:
 # --------------------------------------------------------------------------------------------------
 # Evaluation, of the EMA weights
 
+EVALUATIONS = (1, 2, 4, 8, 16, 32, 100)  # at which a PeRFlow student meets its teacher
+
 
 @torch.no_grad()
 def validation_loss(network: Field, objective, x0: Tensor, *cond: Tensor) -> float:
-    """The loss at t = (i + 1/2)/8 (the ends are singular for some paths), on fixed data and
-    noise.
-    """
+    """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
     eps, losses = torch.randn(x0.shape, generator=seeded(1, 0)).to(x0.device), []
     for t, rows in itertools.product(
         (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(1024)
@@ -465,22 +460,24 @@ def evaluate(sampler: Sampler, dataset, validation: list[Tensor]) -> dict[str, f
     return figures
 
 
-def save_grid(sampler: Sampler, out: File, dataset, cfg: float, steps=50, name="samples") -> None:
-    """OUT/samples.png: ten classes (or 80 held-out texts) in 50 steps.
+def save_images(config: dict, x0: Tensor, out: File, columns: int, names: Sequence[str]) -> None:
+    """A grid as OUT.png; latents whose VAE is not to be had stay latents, OUT.npz."""
+    images = sample.pictures(config, x0)
+    if images is None:
+        np.savez(out.with_suffix(".npz"), x0.numpy())
+    else:
+        sample.draw_grid(images, columns, names).save(out.with_suffix(".png"))
 
-    Without the VAE, latents stay latents.
-    """
+
+def save_grid(sampler: Sampler, out: File, dataset, cfg: float, steps: int = 50) -> None:
+    """OUT/samples: eight of each of ten classes, or 80 held-out texts."""
     spec, names = sampler.config["spec"], []
     if spec["classes"]:
         cond, names = sample.class_rows(spec, columns=8)
     else:
         _, *cond = dataset.validation(80)
     x0 = sample.draw(sampler, cond, seed=0, steps=steps, cfg=cfg)
-    images = sample.pictures(sampler.config, x0)
-    if images is None:
-        np.savez(out / f"{name}.npz", x0.numpy())
-    else:
-        sample.draw_grid(images, 8, names).save(out / f"{name}.png")
+    save_images(sampler.config, x0, out / "samples", 8, names)
 
 
 def report(sampler: Sampler, out: File, dataset) -> None:
@@ -517,24 +514,30 @@ def report(sampler: Sampler, out: File, dataset) -> None:
 def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> None:
     """At the end of a PeRFlow run: delta.pt, and teacher against student at equal evaluations."""
     config, K = sampler.config, sampler.flow.windows
+    counts = sorted({K, *EVALUATIONS})
     delta = perflow.delta(sampler.network, teacher.network)
     save(out / "delta.pt", {"delta": delta, "config": config})
     norm = lambda state: math.sqrt(sum(x.double().square().sum().item() for x in state.values()))
     change = norm(delta) / norm(teacher.network.state_dict())
     print(f"{out}/delta.pt: |Delta W|/|W| = {change:.3f}")
     if config["dataset"] != "toy2d":
-        teacher_cfg, cfg = (config["teacher_cfg"], 1.0)
-        if config["guidance"] == "sync":
-            teacher_cfg = cfg = 2.0
-        for model, name, scale in ((teacher, "teacher", teacher_cfg), (sampler, "student", cfg)):
-            for steps in (K, 50 if model is teacher else 2 * K):
-                save_grid(model, out, dataset, scale, steps, f"{name}-{steps}")
-        print(f"pictures: {out}/teacher-{K}.png, teacher-50, student-{K}, student-{2 * K}")
+        _, *cond = dataset.validation(8)
+        sync = config["guidance"] == "sync"
+        for name, model, cfg in (
+            ("teacher", teacher, 2.0 if sync else config["teacher_cfg"]),
+            ("student", sampler, 2.0 if sync else 1.0),
+        ):
+            steps = [n for n in counts if model is teacher or n >= K]
+            rows = [sample.draw(model, cond, seed=0, steps=n, cfg=cfg) for n in steps]
+            names = [f"{n} steps" for n in steps]
+            save_images(config, torch.cat(rows), out / name, len(cond[0]), names)
+        save_grid(sampler, out, dataset, cfg, steps=K)
+        print(f"from the same noise: {out}/teacher, student; in {K} steps: {out}/samples")
         return
     print(f"{'':12}{'energy distance above the exact field':>40}{'further than 4 sigma':>28}")
     print(f"{'evaluations':12}{'teacher':>20}{'student':>20}{'teacher':>14}{'student':>14}")
     energy = {}
-    for steps in (1, 2, 4, 8, 16, 32, 100):
+    for steps in counts:
         left, right = "", ""
         for model in (teacher, sampler):
             if model is sampler and steps < K:
@@ -570,9 +573,7 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
 
 
 def save(path: File, checkpoint: dict) -> None:
-    """Write beside the old checkpoint, flush to the disk, then rename: there is a whole one at
-    every moment.
-    """
+    """Write beside the old file, flush to the disk, rename: there is always a whole one."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
@@ -604,7 +605,20 @@ def cut_log(path: File, step: int) -> None:
 
 def main() -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    try:
+        outcome = run(parser, parser.parse_args())
+    except OSError as error:  # a full disk, say; the last checkpoint stays
+        parser.error(" ".join(str(error).split()))
+    # After `run`, whose DDP must be gone: the last owner of the group waits for its threads, and
+    # DDP's destructor, unlike the group's own, would do so holding the lock that they wait for.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if outcome:
+        sys.exit(outcome)
+
+
+def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
+    """A whole run. Returns None, or what the process exits with: a message or a signal's code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with parser.one_line_errors():
         config, out, checkpoint = configure(args)
@@ -673,6 +687,7 @@ def main() -> None:
         objective = flow = sample.perflow_of(config, formula, solved)
     model = torch.compile(network) if config["compile"] else network
     if world > 1:
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         model = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -724,7 +739,7 @@ def main() -> None:
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
         if bad:
             bar.close()
-            sys.exit(
+            return (
                 f"the loss of step {done - len(values) + bad[0] + 1} is not finite: stopped. "
                 f"The checkpoint of step {saved} is kept in {out}; a lower --lr may help"
             )
@@ -741,21 +756,20 @@ def main() -> None:
                     save_grid(sampler, out, dataset, cfg=1.0)
             print(json.dumps(entry), file=log, flush=True)
             rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
-            shown = {"loss": f"{entry['loss']:.3f}", **{k: f"{v:.2g}" for k, v in figures.items()}}
+            shown = {"loss": f"{entry['loss']:.3g}", **{k: f"{v:.2g}" for k, v in figures.items()}}
             shown["samples/s"] = f"{rate:.0f}"
             if peak and config["dataset"] != "toy2d":
                 shown["MFU"] = f"{rate * training_flops(config, core) / peak / world:.0%}"
             bar.set_postfix(shown, refresh=False)
         if done % config["save_every"] == 0 or done == config["steps"] or stopped:
-            with parser.one_line_errors():  # on a full disk; the last checkpoint stays
-                save_at(done)
+            save_at(done)
             saved = done
         if stopped:
             bar.close()
             if rank == 0:
                 again = f"python train.py --dataset {config['dataset']} --resume --out {out}"
                 print(f"stopped; saved step {done}. Go on with: {again}")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+            return 128 + (stop or [signal.SIGTERM])[0]
     bar.close()
     for stream in streams:
         stream.close()
@@ -772,8 +786,7 @@ def main() -> None:
         few = flow.windows if flow else 8 if config["dataset"] == "toy2d" else 50
         number = f"--num {2000 if config['dataset'] == 'toy2d' else 100} --steps {few}"
         print(f"next: python sample.py {out}/checkpoint.pt {number} --out samples.png")
-    if world > 1:
-        dist.destroy_process_group()
+    return None
 
 
 if __name__ == "__main__":

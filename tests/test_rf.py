@@ -1,6 +1,4 @@
-"""Equations (1)-(22) by independent routes: autograd, Monte Carlo with its error bar, quadrature,
-closed forms.
-"""
+"""Equations (1)-(22) by other routes: autograd, Monte Carlo with its error bar, quadrature."""
 
 import math
 
@@ -79,9 +77,7 @@ def test_coefficients_derivatives_match_autograd(path):
 
 @paths
 def test_velocity_5_9_10_is_the_derivative_of_2(path):
-    """(5): psi'_t(psi_t^-1(z)) by autograd through (2); (9), (10): the closed form; and a' x0 + b'
-    eps.
-    """
+    """(5), psi'_t(psi_t^-1(z)), by autograd through (2); (9) = (10), closed; a' x0 + b' eps."""
     g = torch.Generator().manual_seed(0)
     t = inner(40)
     x0, eps = torch.randn(2, 40, 3, dtype=F64, generator=g)
@@ -94,9 +90,7 @@ def test_velocity_5_9_10_is_the_derivative_of_2(path):
 
 
 def test_endpoints():
-    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 in float32 too; the table of what the other paths do
-    there.
-    """
+    """a_0 = 1, b_0 = 0, a_1 = 0, b_1 = 1 in float32 too, and what other paths do there."""
     ends = torch.tensor([0.0, 1.0])
     for path in (rf.RectifiedFlow(), Cosine()):
         assert path.a(ends).tolist() == [1, 0] and path.b(ends).tolist() == [0, 1]
@@ -235,9 +229,7 @@ def test_losses_8_11_12_agree_per_sample(path):
     ],
 )
 def test_loss_is_L_w_with_the_one_line_weight(name):
-    """E_t of the loss at fixed (x0, eps) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2, by
-    quadrature over t.
-    """
+    """E_t of the loss at (x0, eps) = -1/2 E_{t~U} w_t lambda'_t |eps_Theta - eps|^2: quadrature."""
     f = formulation(name)
     t = torch.linspace(0.02, 0.98, 20001, dtype=F64)  # both sides over the same range
     x0, eps = torch.tensor([[0.3, -1.1]], dtype=F64), torch.tensor([[0.7, 0.2]], dtype=F64)
@@ -296,9 +288,7 @@ def test_loss_reproduces_with_its_generator_and_draws_inside():
 
 @pytest.mark.parametrize("name", ["rf", "v/cos"])
 def test_gradients_of_7_and_8_agree(name):
-    """(7) and (8) differ by a constant: equal gradients in Theta, within 5 Monte-Carlo standard
-    errors.
-    """
+    """(7) and (8) differ by a constant: equal gradients in Theta, within 5 standard errors."""
     f, m, n = formulation(name), mixture(), 200_000
     path = f.path
     g = torch.Generator().manual_seed(0)
@@ -445,8 +435,7 @@ def test_exact_network_gives_exact_ends_velocity_and_rectified_field(name):
 
 @every_formulation
 def test_sample_of_the_exact_network_lands_on_the_mixture(name):
-    """The components' shares, means and covariances, within 5 standard errors and the error of 100
-    steps.
+    """Components' shares, means and covariances, within 5 standard errors and 100 steps' error.
 
     Sampling ends with x0_hat at the last time's noise level s = b/a, and so with the covariance C
     (C + s^2)^-1 C: the true C but for the EDM variants that never see little noise. Where the
@@ -498,9 +487,7 @@ def test_one_euler_step_is_exact_for_a_point_mass_on_rf():
 
 
 def test_plane_step_is_ddim_and_euler():
-    """One plane step of rf is Euler in t; of edm, Euler in sigma; of eps/linear, DDIM as
-    published.
-    """
+    """A plane step is Euler in t (rf), Euler in sigma (edm), DDIM as published (eps/linear)."""
     z, o = torch.randn(2, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     times = [0.9, 0.5, 0.2]  # the last step returns x0_hat: look at the z it starts from
     seen = {}
@@ -634,9 +621,7 @@ def test_shift_is_5_3_2_and_applied_once(s):
 
 
 def test_shifted_weight_holds_the_shifted_density():
-    """(18) with the density of sigmoid(u + log s), u ~ N(m, 1): a logit-normal with mean m + log
-    s.
-    """
+    """(18) with the density of sigmoid(u + log s), u ~ N(m, 1): logit-normal, mean m + log s."""
     t = inner(50)
     shifted = formulation("rf/lognorm(0.50,1.00)", shift=3.0)
     close(shifted.weight(t), t / (1 - t) * LogitNormal(0.5 + math.log(3), 1).density(t), 1e-8)

@@ -82,8 +82,9 @@ def test_labels_select_components_and_null_all():
 
 
 def test_exact_field_transports_noise_to_the_mixture():
-    """(1) from t = 1 to 0: p_1 arrives at p_0, by the density along the way (instantaneous change
-    of variables) and by energy distance."""
+    """(1) from t = 1 to 0: p_1 arrives at p_0.
+
+    By the density along the way (instantaneous change of variables) and by energy distance."""
     m = mixture()
     field = m.field(RectifiedFlow())
     noise = torch.randn(3000, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -134,9 +135,7 @@ def test_ring_and_grid_are_as_specified():
 
 
 def test_energy_distance_is_unbiased_and_right():
-    """Against the direct double loop, and against the closed form of two shifted point clouds'
-    limit.
-    """
+    """Against the double loop, and the closed form of two shifted point clouds' limit."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 2, generator=g), torch.randn(40, 2, generator=g) + 0.5
     mean = lambda a, b, skip: sum(

@@ -1,6 +1,4 @@
-"""The loop: what a run draws, that it resumes bit for bit, survives kills, and answers bad input
-in one line.
-"""
+"""The loop: its draws, resumption to the bit, kills, and one line on bad input."""
 
 import copy
 import json
@@ -100,9 +98,7 @@ def test_a_run_leaves_everything(finished):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, number):
-    """A signal saves and says how to resume; network, EMA, optimizer and log end as the
-    uninterrupted run's.
-    """
+    """A signal saves and says how to resume; all ends as the uninterrupted run's."""
     whole, _ = finished
     out = tmp_path / "part"
     flags = ["--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3]
@@ -126,9 +122,7 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, number):
 
 
 def kill_and_resume(tmp_path, kills):
-    """kill -9 at random moments (a save follows every log line here); afterwards the run ends as
-    if never killed.
-    """
+    """kill -9 at random moments (each log line is saved here): it ends as if never killed."""
     often = "block=5, log_every=5, save_every=5, eval_every=500"
     flags = ["--dataset", "toy2d", "--steps", 1000, "--batch-size", 16]
     out, rng = tmp_path / "killed", random.Random(0)
@@ -188,6 +182,16 @@ def test_a_full_disk_keeps_the_previous_checkpoint(finished, tmp_path):
     done = subprocess.run(more, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_disk_that_fills_up_in_the_report_is_one_line(finished, monkeypatch, capsys, own_process):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device", "flow.png")
+
+    monkeypatch.setattr(train, "report", full_disk)
+    args = ["--resume", "--out", finished[0]]  # which is done but for its report
+    done = in_process(train.main, args, finished[0], monkeypatch, capsys)
+    assert done.returncode == 2 and done.stderr.endswith("No space left on device: 'flow.png'\n")
 
 
 # ---- the pieces
@@ -330,9 +334,7 @@ def latents_command(folder, out, *flags, ranks=0):
 
 
 def test_two_ranks_equal_one_that_accumulates_and_the_job_resumes(latents, tmp_path):
-    """Weights, EMA and log to rounding; checkpoints without prefixes; a killed rank ends the
-    job.
-    """
+    """Weights, EMA and log to rounding; checkpoints without prefixes."""
     for flags, ranks in ((["--accumulate", "2"], 0), ([], 2)):
         command = latents_command(
             latents, tmp_path / f"r{ranks}", "--steps", "12", *flags, ranks=ranks
@@ -437,6 +439,33 @@ def test_perflow_students_train_sample_and_plug(
     )
 
 
+def test_students_of_images_meet_their_teacher_from_the_same_noise(
+    latents, tmp_path, monkeypatch, own_process
+):
+    """Grids with a row for each number of evaluations, from the student's K = 2 on."""
+    changes = dict(warmup=1, log_every=5, save_every=5, validation=20, ema=[0.9, 1])
+    for presets in (train.PRESETS, train.PERFLOW_PRESETS):
+        monkeypatch.setitem(presets, "latents", presets["latents"] | changes)
+    grids = {}
+    monkeypatch.setattr(train, "save_images", lambda c, x0, out, *how: grids.update({out.name: x0}))
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    few = ["--windows", 2, "--solver-steps", 2, "--batch-size", 16, "--steps", 5]
+    for args in (
+        ["--dataset", "latents", "--data", latents, "--out", teacher, *TINY, "--steps", 5],
+        ["--perflow", teacher / "checkpoint.pt", "--data", latents, "--out", student, *few],
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        train.main()
+    assert len(grids["teacher"]) == 7 * 8 and len(grids["student"]) == 6 * 8
+    noise = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = sample.data.Latents(latents).validation(8)[1]
+    for name, folder, first, steps in (("teacher", teacher, 8, 2), ("student", student, 0, 2)):
+        sampler = sample.load(folder / "checkpoint.pt")
+        x0 = sampler.sample(noise, labels, steps=steps, cfg=2.0)
+        torch.testing.assert_close(grids[name][first : first + 8], x0)
+    assert (student / "delta.pt").exists()
+
+
 def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
     teacher = finished[0] / "checkpoint.pt"
     bad = torch.load(teacher)
@@ -515,9 +544,7 @@ BAD_TRAIN = [
 
 
 def in_process(main, args, tmp_path, monkeypatch, capsys):
-    """The command's main() with these arguments: as a process would answer, without the seconds of
-    imports.
-    """
+    """The command's main(), as a process would answer, but without the seconds of imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["command.py", *map(str, args)])
     with pytest.raises(SystemExit) as stopped:
