@@ -118,10 +118,10 @@ PERFLOW = dict(
     reuse=4,  # draws of t that share a solve of the teacher
     eval_every=1000,
 )
-PERFLOW_PRESETS = {
+PERFLOW_PRESETS = {  # a held-out example costs eight solves
     "toy2d": dict(steps=8_000, batch_size=1024, lr=2e-3),
-    "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4),
-    "latents": dict(steps=20_000, batch_size=256, lr=5e-5),
+    "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4, validation=128),
+    "latents": dict(steps=20_000, batch_size=256, lr=5e-5, validation=128),
 }
 # Between a run and its resumption
 MAY_CHANGE = ("steps", "accumulate", "compile", "data", "perflow")
@@ -522,17 +522,25 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
     print(f"{out}/delta.pt: |Delta W|/|W| = {change:.3f}")
     if config["dataset"] != "toy2d":
         _, *cond = dataset.validation(8)
-        sync = config["guidance"] == "sync"
+        sync, x0 = config["guidance"] == "sync", {}
         for name, model, cfg in (
             ("teacher", teacher, 2.0 if sync else config["teacher_cfg"]),
             ("student", sampler, 2.0 if sync else 1.0),
         ):
-            steps = [n for n in counts if model is teacher or n >= K]
-            rows = [sample.draw(model, cond, seed=0, steps=n, cfg=cfg) for n in steps]
-            names = [f"{n} steps" for n in steps]
-            save_images(config, torch.cat(rows), out / name, len(cond[0]), names)
+            rows = {n: f"{n} steps" for n in counts if model is teacher or n >= K}
+            for n in rows:
+                x0[name, n] = sample.draw(model, cond, seed=0, steps=n, cfg=cfg)
+            images = torch.cat([x0[name, n] for n in rows])
+            save_images(config, images, out / name, len(cond[0]), [*rows.values()])
         save_grid(sampler, out, dataset, cfg, steps=K)
-        print(f"from the same noise: {out}/teacher, student; in {K} steps: {out}/samples")
+        print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
+        print(f"{'evaluations':12}{'teacher':>12}{'student':>12}")
+        for n in counts:
+            far = [
+                x0[who, n] - x0["teacher", 100] for who in ("teacher", "student")[: 1 + (n >= K)]
+            ]
+            print(f"{n:<12}" + "".join(f"{d.square().mean().sqrt():12.4f}" for d in far))
+        print(f"pictures: {out}/teacher, {out}/student; in {K} steps {out}/samples")
         return
     print(f"{'':12}{'energy distance above the exact field':>40}{'further than 4 sigma':>28}")
     print(f"{'evaluations':12}{'teacher':>20}{'student':>20}{'teacher':>14}{'student':>14}")
