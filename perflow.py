@@ -45,7 +45,7 @@ class PeRFlow:
             0.5, 0.5        99.9 %               2.3 %       3.5 x
 
         At 2e-3 edge = 0.5 reaches 99.4 % alone in 8000 steps; straight throughout needs the gap.
-        On MM-DiT neither gives -77 %, any of the others 99.9 % or more (the table in the README).
+        On MM-DiT the first row is at -77 %, each of the others at 99.9 % or more (see the README).
 
     Guidance is the caller's. Fixed: a teacher guided by `rf.guide`, a student sampled as it is.
     Sync: a plain teacher, conditions dropped in training, a student guided in sampling.
