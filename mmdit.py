@@ -141,8 +141,8 @@ class JointBlock(nn.Module):
         inputs = [modulate(x, *mod[:2]) for x, mod in zip(streams, mods, strict=True)]
         qkv = [block.attn(x) for block, x in zip(blocks, inputs, strict=True)]
         q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*qkv, strict=True))
-        y = attend(q, k, v)  # (B,heads,L+N,64)
-        y = y.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams], dim=1)  # as streams
+        y = attend(q, k, v).transpose(1, 2)  # (B,L+N,heads,64)
+        y = [part.flatten(2) for part in y.split([x.shape[1] for x in streams], dim=1)]
         parts = zip(blocks, streams, y, mods, strict=True)
         return tuple(block.residual(x, y, *mod[2:]) for block, x, y, mod in parts if len(mod) == 6)
 

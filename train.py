@@ -326,7 +326,7 @@ def examples(
     config: dict, objective, source, null_cond, start: int, micro: int, device: torch.device
 ) -> Iterator[tuple]:
     """(z, t, target, *cond) of step start, start + 1, ..., in whole blocks, the next in advance."""
-    size = config["block"]
+    size, null_cond = config["block"], [c.to(device) for c in null_cond]
 
     @torch.no_grad()
     def draw(block: int) -> list[tuple[Tensor, ...]]:

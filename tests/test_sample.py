@@ -1,9 +1,11 @@
 """From a checkpoint to samples: the notebook's three lines and the command."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from test_train import assert_one_line, in_process, run
+from test_train import assert_one_line, in_process
 
 import sample
 from rf import solve
@@ -35,27 +37,17 @@ def test_sampler_methods_agree_with_solve(sampler):
     )
 
 
-def test_command_writes_png_and_npz(finished, tmp_path):
-    checkpoint = finished[0] / "checkpoint.pt"
+def test_command_writes_png_and_npz(finished, tmp_path, monkeypatch, capsys):
     for out, flags in (
         ("a.png", ["--solver", "heun"]),
         ("b.npz", ["--label", "2", "--cfg", "2", "--seed", "5"]),
     ):
-        done = run(
-            checkpoint,
-            "--num",
-            200,
-            "--steps",
-            8,
-            "--out",
-            tmp_path / out,
-            *flags,
-            script="sample.py",
-        )
-        assert done.returncode == 0, done.stderr
-        assert (
-            "energy distance" in done.stdout and "exact field" in done.stdout and out in done.stdout
-        )
+        args = [finished[0] / "checkpoint.pt", "--num", 200, "--steps", 8, *flags]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args), "--out", out])
+        monkeypatch.chdir(tmp_path)
+        sample.main()
+        printed = capsys.readouterr().out
+        assert "energy distance" in printed and "exact field" in printed and out in printed
     assert Image.open(tmp_path / "a.png").size[0] > 400
     arrays = np.load(tmp_path / "b.npz", allow_pickle=False)
     assert arrays["arr_0"].shape == (200, 2) and (arrays["arr_1"] == 2).all()
