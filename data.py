@@ -1,7 +1,6 @@
 """Give me batch number n: CIFAR-10 from its binary archive, or latents from a folder of .npy files.
 
-    python data.py download --out DIR                           the official CIFAR-10 archive
-    python data.py encode --images FOLDER --out DIR --vae NAME  latents of FOLDER/CLASS/IMAGE.jpg
+    python data.py encode --images FOLDER --out DIR --vae NAME    latents of FOLDER/CLASS/IMAGE.jpg
 
 Batch n is a pure function of (seed, n, micro-batch), every example comes once an epoch, and no
 pickle is ever read. Images are in [-1, 1] for the network, latents as they are stored. Whoever has
@@ -117,7 +116,7 @@ class Cifar10(Dataset):
         if not files and archive.exists():
             files = read_archive(archive)
         if not files:
-            hint = f"`python data.py download --out {folder}` fetches {URL}"
+            hint = f"train.py --download fetches {URL}"
             raise FileNotFoundError(f"no {ARCHIVE} and no {FILES[0]} in {folder}: {hint}")
         for name in FILES:
             if name not in files:
@@ -400,10 +399,8 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = Parser(description="Fetch CIFAR-10, or encode a tree of images to latents.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("download", help="the official CIFAR-10 archive")
-    fetch.add_argument("--out", required=True, help="the folder to put it in")
+    parser = Parser(description="Make a folder of latents.")
+    commands = parser.add_subparsers(metavar="encode", required=True)
     code = commands.add_parser("encode", help="images FOLDER/CLASS/IMAGE.jpg to latents")
     code.add_argument("--images", required=True, help="a folder with a folder for each class")
     code.add_argument("--out", required=True, help="the folder of latents to write or go on with")
@@ -418,7 +415,7 @@ def main() -> None:
     code.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 (default: {device})")
     args = vars(parser.parse_args())
     with parser.one_line_errors():
-        {"download": download, "encode": encode}[args.pop("command")](**args)
+        encode(**args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One training loop for every data set and both objectives.
 
     python train.py --dataset toy2d                   a minute on a CPU: from noise to a ring
-    python train.py --dataset cifar10 --data DIR      pictures; `python data.py download` gets them
-    python train.py --perflow runs/toy2d/checkpoint.pt     a few-step student of any checkpoint
+    python train.py --dataset cifar10 --data DIR --download   pictures, fetched into DIR
+    python train.py --perflow runs/toy2d/checkpoint.pt        a few-step student of any checkpoint
     python train.py --resume --out runs/toy2d         go on where a run stopped
     torchrun --nproc_per_node 8 train.py --dataset latents --data DIR
 
@@ -41,7 +41,7 @@ from tqdm import tqdm
 import perflow
 import sample
 import toy2d
-from data import Parser, positive
+from data import Parser, download, positive
 from mmdit import MMDiT
 from rf import Field, formulation, guide
 from sample import Sampler, check_device, default_device
@@ -137,6 +137,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", help=f"one of {', '.join(PRESETS)} (default: toy2d)")
     add("--data", help="folder of cifar-10-binary.tar.gz or its unpacked files, or of the latents")
+    add("--download", action="store_true", help="cifar10: fetch the archive into --data first")
     add("--mixture", help=f"toy2d: {', '.join(toy2d.MIXTURES)} or FILE.json: means, covs, weights")
     add(
         "--conditional",
@@ -202,7 +203,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
     given = {
         k: v
         for k, v in vars(args).items()
-        if v is not None and k not in ("out", "resume", "device")
+        if v is not None and k not in ("out", "resume", "device", "download")
     }
     student = "perflow" in given and not args.resume
     teacher = sample.load(given["perflow"]).config if student else {}
@@ -639,6 +640,10 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
             raise ValueError(
                 f"--batch-size {config['batch_size']} is no multiple of {micros * config['reuse']}"
             )
+        if args.download:
+            if config["dataset"] != "cifar10" or not config["data"] or world > 1:
+                raise ValueError("--download needs --dataset cifar10, --data and a single process")
+            download(config["data"])
         dataset = sample.open_dataset(config)
         if config["dataset"] != "toy2d":
             if config.get("spec", dataset.spec()) != dataset.spec():

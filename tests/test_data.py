@@ -475,11 +475,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 
 def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys):
-    archive = tmp_path / data.ARCHIVE
-    archive.write_bytes(b"no archive")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     encode = f"encode --images {tmp_path} --out {tmp_path}/out --vae a/b"
-    for line in (f"download --out {tmp_path}", encode, f"{encode} --batch-size 0", "encode", ""):
+    for line in ("download", encode, f"{encode} --batch-size 0", "encode", ""):
         monkeypatch.setattr(sys, "argv", ["data.py", *line.split()])
         with pytest.raises(SystemExit) as stopped:
             data.main()

@@ -542,6 +542,8 @@ BAD_TRAIN = [
     (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
     (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
     (["--no-such-flag"], ["--no-such-flag"]),
+    (["--download"], ["--download needs --dataset cifar10"]),
+    (["--download", "--dataset", "cifar10"], ["--download needs --dataset cifar10, --data"]),
 ]
 
 
@@ -558,6 +560,14 @@ def in_process(main, args, tmp_path, monkeypatch, capsys):
 def test_bad_input_to_train(args, says, tmp_path, monkeypatch, capsys):
     assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), *says)
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_download_comes_before_the_data_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "download", lambda folder: print("fetched into", folder))
+    args = ["--dataset", "cifar10", "--data", "here", "--download"]
+    done = in_process(train.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "no cifar-10-binary.tar.gz")
+    assert done.stdout == "fetched into here\n"
 
 
 def test_bad_input_as_a_real_process(tmp_path):
