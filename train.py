@@ -276,12 +276,16 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
 # The examples: (z, t, target, *cond), a pure function of (seed, step, micro-batch)
 
 
-def seeded(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+NOISE, FLIPS, POINTS, HELD_OUT = range(4)  # what is drawn: each has generators of its own
+
+
+def seeded(
+    seed: int, block: int, micro: int, what: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A generator of the numbers' hash (by their sum, seed 0's step 1 were seed 1's step 0)."""
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[
-        0
-    ]
-    return torch.Generator(device).manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)
+    numbers = [n & 0xFFFFFFFF for n in (seed, block, micro, what)]
+    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
 
 
 def drop(
@@ -305,7 +309,7 @@ def make_source(
     size = config["batch_size"] // micros // config["reuse"]
     if config["dataset"] == "toy2d":
         draw = lambda block: dataset.sample(
-            size * config["block"], seeded(config["seed"], block, micro)
+            size * config["block"], seeded(config["seed"], block, micro, POINTS)
         )
         return lambda block: [x.to(device) for x in draw(block)[: 1 + config["conditional"]]]
 
@@ -315,7 +319,7 @@ def make_source(
         x0, *cond = (pin(x).to(device, non_blocking=True) for x in batch)
         x0 = dataset.to_float(x0)
         if dataset.flip:
-            generator = seeded(config["seed"], block, micro, 1, device=device)
+            generator = seeded(config["seed"], block, micro, FLIPS, device)
             flip = torch.rand(len(x0), 1, 1, 1, generator=generator, device=device) < 0.5
             x0 = torch.where(flip, x0.flip(3), x0)
         return [x0, *cond]
@@ -334,7 +338,7 @@ def examples(
         if device.type == "cpu" and config["network"] == "mlp":
             torch.set_num_threads(1)  # this is a thread of its own
         x0, *cond = source(block)
-        generator = seeded(config["seed"], block, micro, 0, device=device)
+        generator = seeded(config["seed"], block, micro, NOISE, device)
         cond = drop(cond, null_cond, config["dropout"], generator)
         rows = objective.examples(x0, *cond, generator=generator)  # reuse times as many
         return list(zip(*(x.split(len(x) // size) for x in rows), strict=True))
@@ -434,7 +438,8 @@ EVALUATIONS = (1, 2, 4, 8, 16, 32, 100)  # at which a PeRFlow student meets its 
 @torch.no_grad()
 def validation_loss(network: Field, objective, x0: Tensor, *cond: Tensor) -> float:
     """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
-    eps, losses = torch.randn(x0.shape, generator=seeded(1, 0)).to(x0.device), []
+    eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
+    losses = []
     for t, rows in itertools.product(
         (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(1024)
     ):
@@ -680,6 +685,8 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                 save(out / "checkpoint.pt", {"config": config, "step": step, **state})
 
         if world > 1:  # and wait: rank 0's first checkpoint must not meet a rank still to start
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -713,9 +720,8 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
     validation = []
     if rank == 0:
         if config["dataset"] == "toy2d":
-            x0, *cond = dataset.sample(config["validation"], seeded(2, 0))[
-                : 1 + config["conditional"]
-            ]
+            drawn = dataset.sample(config["validation"], seeded(0, 0, 0, HELD_OUT))
+            x0, *cond = drawn[: 1 + config["conditional"]]
         else:
             x0, *cond = dataset.validation(config["validation"])
             x0 = dataset.to_float(x0)

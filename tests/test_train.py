@@ -1,6 +1,7 @@
 """The loop: its draws, resumption to the bit, kills, and one line on bad input."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -223,14 +224,29 @@ def test_examples_are_a_function_of_seed_and_step():
 
 def test_labels_are_dropped_at_their_rate():
     labels = torch.zeros(50_000).long()
-    (dropped,) = train.drop([labels], (torch.tensor(8),), [0.1], train.seeded(0))
-    assert ((dropped == 8).double().mean().item() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
+    (dropped,) = train.drop([labels], (torch.tensor(8),), [0.1], torch.Generator())
+    assert abs((dropped == 8).double().mean().item() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
     assert set(dropped.unique().tolist()) == {0, 8}
 
 
 def test_seeds_do_not_collide():
-    seeds = {train.seeded(s, n).initial_seed() for s in range(50) for n in range(50)}
-    assert len(seeds) == 2500
+    numbers = itertools.product(range(10), range(10), range(5), range(4))
+    assert len({train.seeded(*n).initial_seed() for n in numbers}) == 2000
+
+
+def test_noise_is_independent_of_the_data():
+    """Within the modes too: data x0 = mu + L xi and eps drawn from one state had eps = xi."""
+    mixture, config = load_mixture("ring"), small_config(conditional=True, batch_size=4096)
+    batches = itertools.islice(stream(config, 0), 25)
+    z, t, v, label = (torch.cat(rows) for rows in zip(*batches, strict=True))
+    x0, eps = z - t[:, None] * v, z + (1 - t[:, None]) * v  # rf: z = (1 - t) x0 + t eps
+    kept = label < 8
+    xi = (x0 - mixture.means.float()[label.clamp(max=7)])[kept]
+    n = len(xi)
+    for column in range(2):
+        for row in (eps[kept], eps[kept].roll(1, 0), t[kept, None].expand(-1, 2)):
+            corr = torch.corrcoef(torch.stack([xi[:, column], row[:, column]]))[0, 1]
+            assert abs(corr) < 5 / n**0.5
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -289,8 +305,10 @@ def test_every_formulation_trains_200_steps(name):
         assert train.update(
             network, network, ema, optimizer, config, step, [next(batches)]
         ).isfinite()
-    x0 = load_mixture("ring").sample(4096, train.seeded(0))[0]
-    loss = lambda network: objective.loss(network, x0, generator=train.seeded(1)).item()
+    x0 = load_mixture("ring").sample(4096, train.seeded(0, 0, 0, train.POINTS))[0]
+    loss = lambda network: objective.loss(
+        network, x0, generator=train.seeded(0, 0, 0, train.NOISE)
+    ).item()
     assert loss(network) < loss(before)  # on the same t and noise
 
 
