@@ -47,6 +47,8 @@ class PeRFlow:
         At 2e-3 edge = 0.5 reaches 99.4 % alone in 8000 steps; straight throughout needs the gap.
         On MM-DiT the first row is at -77 %, each of the others at 99.9 % or more (see the README).
 
+    reuse: how many draws of t, in its window, share a solve in `examples`.
+
     Guidance is the caller's. Fixed: a teacher guided by `rf.guide`, a student sampled as it is.
     Sync: a plain teacher, conditions dropped in training, a student guided in sampling.
     """
@@ -77,12 +79,15 @@ class PeRFlow:
             raise ValueError(f"solver_steps must be at least 1, got {solver_steps}")
         if parameterization not in ("velocity", "epsilon"):
             raise ValueError(f"parameterization {parameterization!r}: choose velocity or epsilon")
+        if reuse < 1:
+            raise ValueError(f"reuse must be at least 1, got {reuse}")
         if not (0 <= edge <= 1 and 0 <= gap < 1):
             raise ValueError(f"edge must be in [0, 1] and gap in [0, 1), got {edge:g} and {gap:g}")
         self.teacher, self.path, self.parameterization = teacher, path, parameterization
         self.method, self.edge, self.gap, self.reuse = method, edge, gap, reuse
         self.solver_steps = -(-solver_steps // len(rf.SOLVERS[method][0]))  # evaluations -> steps
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
+        self._edges: dict[tuple, Tensor] = {}
 
         a, b, _, _ = path.coefficients(self.edges[-1])
         name, advice = type(path).__name__, "formulation.rectified(network) on rf.RectifiedFlow()"
@@ -100,7 +105,10 @@ class PeRFlow:
         By the paper t = 0 lies in no window; here it belongs to the first.
         """
         t = rf.at_least_float32(t)
-        edges = self.edges.to(t)  # rounded as t is, so that the float32 nearest to 1/3 is an edge
+        key = t.device, t.dtype
+        if key not in self._edges:  # rounded as t is: the float32 nearest to 1/3 is an edge
+            self._edges[key] = self.edges.to(t)  # once: each copy to a GPU would wait for it
+        edges = self._edges[key]
         k = torch.searchsorted(edges, t.contiguous()).clamp(1, self.windows)
         return edges[k], edges[k - 1]
 

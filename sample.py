@@ -101,7 +101,8 @@ class Sampler:
         preserving paths); heun and rk4 solve `velocity`. A PeRFlow student takes Euler steps inside
         its windows, and no other. cfg is the scale of classifier-free guidance, 1 is off.
         """
-        network = guide(self.network, self.network.null_cond, cfg)
+        null_cond = [c.to(noise.device) for c in self.network.null_cond]
+        network = guide(self.network, null_cond, cfg)
         with torch.autocast(
             noise.device.type, torch.bfloat16, enabled=self.config["precision"] == "bf16"
         ):

@@ -142,7 +142,7 @@ def bench_mmdit(args: argparse.Namespace) -> None:
 
 def timed(run: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
     """The median time of a call in seconds, after two to warm up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     times = []
     for _ in range(rounds + 2):
         wait()

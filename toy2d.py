@@ -33,7 +33,7 @@ class GaussianMixture:
 
     The weights are normalised. ValueError on shapes that do not fit, non-finite numbers, weights
     that are not positive, and matrices that are no covariance. A label is a component's index;
-    label K (null) means all of them.
+    label K (null) means all of them. It lives on the CPU, and so does what is asked of it.
     """
 
     def __init__(self, means, covs, weights):
@@ -65,7 +65,7 @@ class GaussianMixture:
             or (self.variances < -1e-12 * self.covs.abs().max()).any()
         ):
             raise ValueError("covs must be symmetric and positive semi-definite")
-        self.variances = self.variances.clamp(min=0)
+        self.variances = self.variances.clamp(min=1e-200)  # of a point: no 0/0 at t = 0
 
     def standardized(self) -> GaussianMixture:
         """The same mixture at mean 0 and unit standard deviation (one scale for both axes)."""

@@ -66,7 +66,7 @@ IMAGES = dict(
     eval_every=1000,
     save_every=1000,
     validation=512,  # held-out examples
-    dropout=None,  # each condition's own rate: 0.1 of a label; of texts as SD3's text encoders
+    dropout=None,  # each condition's own rate: 0.1 of a label, 0.464 as each of SD3's text encoders
 )
 PRESETS = {
     "toy2d": dict(
@@ -116,7 +116,6 @@ PERFLOW = dict(
     parameterization="velocity",
     gap=0.25,
     reuse=4,  # draws of t that share a solve of the teacher
-    eval_every=1000,
 )
 PERFLOW_PRESETS = {  # a held-out example costs eight solves
     "toy2d": dict(steps=8_000, batch_size=1024, lr=2e-3),
@@ -221,6 +220,8 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         out = args.out or (taken[-1] if taken else File("runs") / base)
         checkpoint = sample.read_checkpoint(out / "checkpoint.pt")
         config = checkpoint["config"]
+        if "perflow" in given and not config["perflow"]:
+            raise ValueError(f"--perflow {args.perflow}: the run in {out} is no PeRFlow student")
         for key, value in given.items():
             if (
                 config.get(key) != value
@@ -252,7 +253,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
                 f"--guidance {guidance} --teacher-cfg {scale:g} do not go together: fixed solves "
                 "the teacher with a scale other than 1, sync without guidance"
             )
-    elif unused := sorted(given.keys() & (PERFLOW.keys() - {"reuse"})):
+    elif unused := sorted(given.keys() & PERFLOW.keys()):
         raise ValueError(f"--{unused[0].replace('_', '-')} needs --perflow TEACHER")
     if name != "toy2d" and (
         toy := sorted(given.keys() & {"mixture", "conditional", "network"} - teacher.keys())
@@ -289,10 +290,7 @@ def seeded(
 
 
 def drop(
-    cond: list[Tensor],
-    null_cond: tuple[Tensor, ...],
-    rates: list[float],
-    generator: torch.Generator,
+    cond: list[Tensor], null_cond: Sequence[Tensor], rates: list[float], generator: torch.Generator
 ) -> list[Tensor]:
     """Replace each condition's rows by the null one at its rate, for classifier-free guidance."""
     kept = []
@@ -331,7 +329,7 @@ def examples(
     config: dict, objective, source, null_cond, start: int, micro: int, device: torch.device
 ) -> Iterator[tuple]:
     """(z, t, target, *cond) of step start, start + 1, ..., in whole blocks, the next in advance."""
-    size, null_cond = config["block"], [c.to(device) for c in null_cond]
+    size = config["block"]
 
     @torch.no_grad()
     def draw(block: int) -> list[tuple[Tensor, ...]]:
@@ -693,12 +691,14 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
             cut_log(out / "log.jsonl", start)
         if not checkpoint:
             save_at(0)
+    threads = torch.get_num_threads()
     if config["network"] == "mlp":
         torch.set_num_threads(1)  # for this MLP two threads are slower than one
     torch.backends.cuda.matmul.allow_tf32 = True
     objective, flow = formula, None
+    null_cond = [c.to(device) for c in network.null_cond]
     if teacher:
-        guided = guide(teacher.network, network.null_cond, config["teacher_cfg"])
+        guided = guide(teacher.network, null_cond, config["teacher_cfg"])
 
         def solved(z: Tensor, *rest: Tensor) -> Tensor:  # in a thread of its own, autocast too
             with autocast(config, z.device):
@@ -716,7 +716,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
     streams = []
     for micro in range(rank * config["accumulate"], (rank + 1) * config["accumulate"]):
         source = make_source(config, dataset, device, micro, micros)
-        streams.append(examples(config, objective, source, network.null_cond, start, micro, device))
+        streams.append(examples(config, objective, source, null_cond, start, micro, device))
     validation = []
     if rank == 0:
         if config["dataset"] == "toy2d":
@@ -793,8 +793,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
     for stream in streams:
         stream.close()
     if rank == 0:
-        if config["network"] == "mlp":
-            torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         if config["dataset"] == "toy2d":
             average.cpu()
         if teacher:

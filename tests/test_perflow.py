@@ -90,6 +90,7 @@ def test_bad_windows_are_refused(windows):
         ({"parameterization": "x0"}, "velocity or epsilon"),
         ({"edge": 1.5}, "edge"),
         ({"gap": 1.0}, "gap"),
+        ({"reuse": 0}, "reuse"),
     ],
 )
 def test_bad_settings_are_refused(bad, message):

@@ -573,6 +573,8 @@ def test_solve_takes_times_and_an_interval_per_sample():
         solve(field, z, steps=1, method="rk5")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         solve(field, z, steps=0)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        solve(field, z, steps=0, times=[1.0])
     with pytest.raises(ValueError, match="3 times, got 2"):
         solve(field, z, steps=2, times=[1, 0])
 

@@ -182,6 +182,19 @@ def test_yardsticks_of_the_exact_field_are_zero():
     assert worse["energy"] > 0.005
 
 
+def test_points_and_lines_are_mixtures_too():
+    """At t = 0 no 0/0: x0 is z there, and nothing is known of eps; the flow ends on the points."""
+    mixture = GaussianMixture([[1, 0], [-1, 0]], [[[0, 0], [0, 0]], [[1, 0], [0, 0]]], [1, 1])
+    z, t = torch.tensor([[1.0, 0], [-0.5, 0]]), torch.zeros(2)
+    x0, eps = mixture.ends(z, t, RectifiedFlow())
+    torch.testing.assert_close(x0, z)
+    assert (eps == 0).all() and mixture.log_density(z, t, RectifiedFlow()).isfinite().all()
+    x = solve(mixture.field(RectifiedFlow()), torch.randn(200, 2), steps=100, method="heun")
+    assert x[:, 1].abs().max() < 0.05
+    figures = toy2d.sample_figures(x, mixture.sample(200)[0], mixture)
+    assert all(math.isfinite(value) for value in figures.values())
+
+
 def test_mlp_conditions_on_labels():
     net = MLP(classes=3)
     z, t = torch.randn(5, 2), torch.rand(5)

@@ -343,7 +343,8 @@ def latents_command(folder, out, *flags, ranks=0):
     script = out.parent / "latents_train.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, train\ntorch.set_num_threads(1)\ntrain.report = lambda *args: None\n"
+        "import functools, torch, train\ntorch.set_num_threads(1)\ntrain.report = lambda *a: None\n"
+        "torch.compile = functools.partial(torch.compile, backend='eager')\n"  # no C++ compiler
         f"train.PRESETS['latents'].update({IMAGE_CHANGES})\ntrain.main()\n"
     )
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * bool(
@@ -353,7 +354,7 @@ def latents_command(folder, out, *flags, ranks=0):
     return [sys.executable, *launch, str(script), *flags]
 
 
-def test_two_ranks_equal_one_that_accumulates_and_the_job_resumes(latents, tmp_path):
+def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
     """Weights, EMA and log to rounding; checkpoints without prefixes."""
     for flags, ranks in ((["--accumulate", "2"], 0), ([], 2)):
         command = latents_command(
@@ -389,7 +390,7 @@ def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
 
 def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path):
     """The loss falls, the checkpoint has no prefixes, sample.py writes latents as ADM's layout."""
-    flags = ["--steps", "60", "--precision", "bf16"]
+    flags = ["--steps", "60", "--precision", "bf16", "--compile"]
     command = latents_command(latents, tmp_path / "run", *flags)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -504,6 +505,7 @@ def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
         (["--perflow", teacher, "--batch-size", "6"], "--batch-size 6 is no multiple of 4"),
         (["--resume", "--out", finished[0], "--steps", "5"], "is at step 450 already"),
         (["--windows", "4"], "--windows needs --perflow"),
+        (["--perflow", teacher, "--resume", "--out", finished[0]], "is no PeRFlow student"),
         (["--perflow", teacher, "--windows", "0"], "at least 1"),
     ):
         assert_one_line(in_process(train.main, args, folder, monkeypatch, capsys), says)
