@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
@@ -109,6 +110,8 @@ class Sampler:
             if self.flow:
                 if method != "euler":
                     raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
+                if cfg != 1 and self.config["guidance"] == "fixed":
+                    raise ValueError(f"this student's guidance is fixed: cfg {cfg:g} adds to it")
                 student = student_field(self.config, self.formulation, network)
                 return self.flow.sample(student, noise, *cond, steps=steps)
             if method == "euler":
@@ -159,7 +162,8 @@ def read_torch(path: str | File, kind: str, keys: set[str]) -> dict:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{kind} {path} is damaged or no {kind}: {reason[:120]}") from None
     if not isinstance(content, dict) or not content.keys() >= keys:
-        raise ValueError(f"{kind} {path} is not one of this project: no {', '.join(sorted(keys))}")
+        lacks = ", ".join(sorted(keys - set(content))) if isinstance(content, dict) else "all"
+        raise ValueError(f"{path} is no {kind} of this project: it lacks {lacks}")
     return content
 
 
@@ -372,39 +376,43 @@ def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = Parser(
-        description="Draw samples from a checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description="Draw samples from a checkpoint.")
     parser.add_argument("checkpoint", help="a checkpoint.pt that train.py wrote")
     parser.add_argument(
         "--num", type=positive, help="number of samples (default: 2000 points or 100 images)"
     )
     parser.add_argument(
-        "--steps", type=positive, default=50, help="steps of the solver from t = 1 to 0"
+        "--steps", type=positive, default=50, help="of the solver, from t = 1 to 0 (default: 50)"
     )
-    parser.add_argument("--solver", default="euler", help=f"one of {', '.join(SOLVERS)}")
+    parser.add_argument("--solver", default="euler", help=f"{', '.join(SOLVERS)} (default: euler)")
     parser.add_argument(
-        "--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is off"
+        "--cfg", type=float, default=1.0, help="scale of classifier-free guidance (default: 1, off)"
     )
     parser.add_argument(
         "--label", type=int, help="class of a conditional model; all classes if not given"
     )
     parser.add_argument("--plug", metavar="DELTA", help="add a PeRFlow delta.pt to the weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
     parser.add_argument(
         "--data", help="a folder of latents with text, whose held-out conditions are used"
     )
     parser.add_argument(
-        "--out", type=File, default=File("samples.png"), help="a .png picture or an .npz of arrays"
+        "--out",
+        type=File,
+        default=File("samples.png"),
+        help="a .png picture or an .npz of arrays (default: samples.png)",
     )
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: cuda if there)"
+    )
     args = parser.parse_args()
     with parser.one_line_errors():
         if args.out.suffix not in (".png", ".npz"):
             raise ValueError(f"--out {args.out} must end in .png or .npz")
         if not math.isfinite(args.cfg):
             raise ValueError(f"--cfg {args.cfg} is not a finite number")
+        if args.out.parent.is_dir() and not os.access(args.out.parent, os.W_OK):
+            raise ValueError(f"--out {args.out}: {args.out.parent} is not writable")
         if args.solver not in SOLVERS:
             raise ValueError(f"unknown solver {args.solver!r}; choose from {', '.join(SOLVERS)}")
         sampler = load(args.checkpoint, args.device)

@@ -482,10 +482,11 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, size: int = 420) 
         draw.text((place(tick / 4, low)[0] - 20, 2 * size - 44), f"{tick / 4:g}", toy2d.INK, font)
     angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
     colours = toy2d.hues(torch.stack([angle.cos(), angle.sin()], dim=1))
-    for i, ((name, (x, y)), colour) in enumerate(zip(curves.items(), colours, strict=True)):
+    rows = list(enumerate(zip(curves.items(), colours, strict=True)))
+    for i, ((name, (x, y)), colour) in reversed(rows):  # wide ones first: equal curves show as rims
         y = y.clamp(low, high)
         points = [place(*point) for point in zip(x.tolist(), y.tolist(), strict=True)]
-        draw.line(points, fill=colour, width=5, joint="curve")
+        draw.line(points, fill=colour, width=4 + i, joint="curve")
         draw.text((left + 16 if low == 0 else 2 * size - 330, 96 + 34 * i), name, colour, font)
     image = image.resize((size, size), Image.Resampling.LANCZOS)
     ImageDraw.Draw(image).text((36, 12), title, toy2d.INK, ImageFont.load_default(16))

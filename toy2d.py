@@ -403,7 +403,7 @@ class Canvas:
         axis = torch.linspace(-1, 1, n, dtype=torch.float64) * self.extent
         grid = torch.stack([axis.expand(n, n), -axis[:, None].expand(n, n)], dim=-1).reshape(-1, 2)
         p = self.mixture.log_density(grid, torch.tensor(t), RectifiedFlow()).exp().sqrt()
-        level = (p / p.max() * (len(GLOW) - 1)).reshape(n, n).numpy()
+        level = (p / p.max().clamp(min=1e-300) * (len(GLOW) - 1)).reshape(n, n).numpy()
         colour = np.stack(
             [np.interp(level, range(len(GLOW)), channel) for channel in GLOW.T], axis=-1
         )
@@ -436,7 +436,7 @@ class Canvas:
         v = v * (0.12 * self.extent / v.norm(dim=1, keepdim=True).clamp(min=1.5))
         draw = ImageDraw.Draw(self.image, "RGBA")
         for (u, w), (u2, w2), strength in zip(
-            self.pixels(x), self.pixels(x + v), p / p.max(), strict=True
+            self.pixels(x), self.pixels(x + v), p / p.max().clamp(min=1e-30), strict=True
         ):
             fill = (255, 214, 140, int(60 + 195 * strength**0.3))
             draw.line((u, w, u2, w2), fill=fill, width=3)
@@ -445,7 +445,9 @@ class Canvas:
 
     def done(self, label: str = "") -> Image.Image:
         image = self.image.resize((self.size // 2,) * 2, Image.Resampling.LANCZOS)
-        ImageDraw.Draw(image).text((9, 6), label, INK, ImageFont.load_default(15))
+        ImageDraw.Draw(image).text(
+            (9, 6), label, INK, ImageFont.load_default(15), stroke_width=2, stroke_fill=FRAME
+        )
         return image
 
 

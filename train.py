@@ -118,7 +118,7 @@ PERFLOW = dict(
     reuse=4,  # draws of t that share a solve of the teacher
 )
 PERFLOW_PRESETS = {  # a held-out example costs eight solves
-    "toy2d": dict(steps=8_000, batch_size=1024, lr=2e-3),
+    "toy2d": dict(steps=8_000, batch_size=1024, lr=2e-3, clip=1.0),  # a solve may go astray
     "cifar10": dict(steps=20_000, batch_size=256, lr=1e-4, validation=128),
     "latents": dict(steps=20_000, batch_size=256, lr=5e-5, validation=128),
 }
@@ -259,6 +259,8 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
         toy := sorted(given.keys() & {"mixture", "conditional", "network"} - teacher.keys())
     ):
         raise ValueError(f"--{toy[0]} is for toy2d, not for {name}")
+    if name == "toy2d" and "data" in given:
+        raise ValueError("--data is for cifar10 and latents, not for toy2d")
     if not (config["lr"] > 0 and math.isfinite(config["lr"])):
         raise ValueError(f"--lr {config['lr']} is not a positive number")
     formula = formulation(config["formulation"], config["shift"])  # a bad name ends here,
@@ -512,7 +514,8 @@ def report(sampler: Sampler, out: File, dataset) -> None:
     toy2d.draw_flow(field, dataset, *null).save(out / "flow.png")
     toy2d.draw_field(field, dataset, *null).save(out / "field.png")
     toy2d.save_gif(out / "flow.gif", field, dataset, *null)
-    print(f"pictures: {out}/flow.png, {out}/field.png, {out}/flow.gif")
+    of = " of all modes, without labels" * config["conditional"]
+    print(f"pictures{of}: {out}/flow.png, {out}/field.png, {out}/flow.gif")
 
 
 def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> None:
@@ -571,12 +574,14 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
     fields = {"teacher": teacher.velocity, "student": sampler.velocity}
     if config["parameterization"] == "epsilon":  # both on the teacher's path
         fields["teacher"] = teacher.formulation.velocity(teacher.network)
+    null_cond = teacher.network.null_cond
+    fields["teacher"] = guide(fields["teacher"], null_cond, config["teacher_cfg"])
     for name, field in fields.items():
         ratios = sampler.flow.straightness(field, reference.noise[:2000], *cond)
         windows = " ".join(f"{r:.1e}" for r in ratios.tolist())
         print(f"curvature of the {name}: mean {ratios.mean():.1e}, by window {windows}")
     edges = sampler.flow.edges.flip(0).tolist()
-    toy2d.draw_windows(fields, dataset, edges, *sampler.network.null_cond).save(out / "windows.png")
+    toy2d.draw_windows(fields, dataset, edges, *null_cond).save(out / "windows.png")
     print(f"pictures: {out}/windows.png")
 
 
@@ -639,9 +644,11 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
             f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world > 1 else name
         )
         micros = world * config["accumulate"]
-        if config["batch_size"] % (micros * config["reuse"]):
+        parts = micros * config["reuse"]
+        if config["batch_size"] % parts:
             raise ValueError(
-                f"--batch-size {config['batch_size']} is no multiple of {micros * config['reuse']}"
+                f"--batch-size {config['batch_size']} is no multiple of {parts}, which is "
+                f"ranks x --accumulate x {config['reuse']} (examples of one solve)"
             )
         if args.download:
             if config["dataset"] != "cifar10" or not config["data"] or world > 1:
@@ -790,6 +797,8 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                 print(f"stopped; saved step {done}. Go on with: {again}")
             return 128 + (stop or [signal.SIGTERM])[0]
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: the report may be cut short
     for stream in streams:
         stream.close()
     if rank == 0:

@@ -195,6 +195,12 @@ def test_points_and_lines_are_mixtures_too():
     assert all(math.isfinite(value) for value in figures.values())
 
 
+def test_a_mixture_of_far_modes_is_drawn():
+    """Between them its density is 0 in float64."""
+    far = GaussianMixture([[1000, 0], [-1000, 0]], torch.eye(2).expand(2, 2, 2) / 4, [1, 1])
+    toy2d.draw_field(far.field(RectifiedFlow()), far)
+
+
 def test_mlp_conditions_on_labels():
     net = MLP(classes=3)
     z, t = torch.randn(5, 2), torch.rand(5)

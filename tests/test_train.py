@@ -446,6 +446,9 @@ def test_perflow_students_train_sample_and_plug(
     assert sampler.sample(noise, label, steps=4).isfinite().all()
     with pytest.raises(ValueError, match="3 steps are too few for 4 windows"):
         sampler.sample(noise, label, steps=3)
+    if "fixed" in flags:
+        with pytest.raises(ValueError, match="guidance is fixed: cfg 2"):
+            sampler.sample(noise, label, steps=4, cfg=2.0)
     with pytest.raises(ValueError, match="takes euler steps"):
         sampler.sample(noise, label, steps=4, method="heun")
     average = read_checkpoint(student / "checkpoint.pt")["ema"]
@@ -562,6 +565,7 @@ BAD_TRAIN = [
     (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
     (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
     (["--no-such-flag"], ["--no-such-flag"]),
+    (["--data", "cifar"], ["--data is for cifar10 and latents"]),
     (["--download"], ["--download needs --dataset cifar10"]),
     (["--download", "--dataset", "cifar10"], ["--download needs --dataset cifar10, --data"]),
 ]
