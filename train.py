@@ -279,7 +279,7 @@ def configure(args: argparse.Namespace) -> tuple[dict, File, dict | None]:
 # The examples: (z, t, target, *cond), a pure function of (seed, step, micro-batch)
 
 
-NOISE, FLIPS, POINTS, HELD_OUT = range(4)  # what is drawn: each has generators of its own
+NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
 
 
 def seeded(
@@ -309,7 +309,7 @@ def make_source(
     size = config["batch_size"] // micros // config["reuse"]
     if config["dataset"] == "toy2d":
         draw = lambda block: dataset.sample(
-            size * config["block"], seeded(config["seed"], block, micro, POINTS)
+            size * config["block"], seeded(config["seed"], block, micro, DATA)
         )
         return lambda block: [x.to(device) for x in draw(block)[: 1 + config["conditional"]]]
 

@@ -171,7 +171,7 @@ def test_bad_cifar_files_are_named(tmp_path):
     (tmp_path / "data_batch_3.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_3\.bin is not among"):
         data.Cifar10(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no cifar-10-binary.tar.gz and no .* download"):
+    with pytest.raises(FileNotFoundError, match=r"no cifar-10-binary.tar.gz and no .* --download"):
         data.Cifar10(tmp_path / "nowhere")
 
 

@@ -305,7 +305,7 @@ def test_every_formulation_trains_200_steps(name):
         assert train.update(
             network, network, ema, optimizer, config, step, [next(batches)]
         ).isfinite()
-    x0 = load_mixture("ring").sample(4096, train.seeded(0, 0, 0, train.POINTS))[0]
+    x0 = load_mixture("ring").sample(4096, train.seeded(0, 0, 0, train.DATA))[0]
     loss = lambda network: objective.loss(
         network, x0, generator=train.seeded(0, 0, 0, train.NOISE)
     ).item()
@@ -612,7 +612,7 @@ def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, ca
 
 
 def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
-    says = {"other": "another network", "config": "lacks", "list": "not one of this project"}
+    says = {"other": "another network", "config": "lacks", "list": "no checkpoint of this project"}
     for name, file in write_damaged(tmp_path, finished[0] / "checkpoint.pt").items():
         done = in_process(sample.main, [file], tmp_path, monkeypatch, capsys)
         assert_one_line(done, file.name, says.get(name, "damaged or no checkpoint"))
