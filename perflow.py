@@ -87,7 +87,7 @@ class PeRFlow:
         self.method, self.edge, self.gap, self.reuse = method, edge, gap, reuse
         self.solver_steps = -(-solver_steps // len(rf.SOLVERS[method][0]))  # evaluations -> steps
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
-        self._edges: dict[tuple, Tensor] = {}
+        self._edges = rf.Table(self.edges)
 
         a, b, _, _ = path.coefficients(self.edges[-1])
         name, advice = type(path).__name__, "formulation.rectified(network) on rf.RectifiedFlow()"
@@ -105,10 +105,7 @@ class PeRFlow:
         By the paper t = 0 lies in no window; here it belongs to the first.
         """
         t = rf.at_least_float32(t)
-        key = t.device, t.dtype
-        if key not in self._edges:  # rounded as t is: the float32 nearest to 1/3 is an edge
-            self._edges[key] = self.edges.to(t)  # once: each copy to a GPU would wait for it
-        edges = self._edges[key]
+        edges = self._edges.like(t)  # rounded as t is: the float32 nearest to 1/3 is an edge
         k = torch.searchsorted(edges, t.contiguous()).clamp(1, self.windows)
         return edges[k], edges[k - 1]
 

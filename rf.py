@@ -32,6 +32,20 @@ def expand(t: Tensor, z: Tensor) -> Tensor:
     return t.reshape(t.shape + (1,) * (z.dim() - t.dim()))
 
 
+class Table:
+    """Constants in float64: `like(t)` is on t's device and in its dtype, copied there once, as each
+    copy to a GPU would wait for it."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.copies = values, {}
+
+    def like(self, t: Tensor) -> Tensor:
+        key = t.device, t.dtype
+        if key not in self.copies:
+            self.copies[key] = self.values.to(t)
+        return self.copies[key]
+
+
 # --------------------------------------------------------------------------------------------------
 # Paths: (2), (4), (5), (9), (10), and the table (13), (14), (17) of SD3 section 3
 
@@ -153,17 +167,10 @@ class LDMLinear(Path):
         )
 
     def _tabulate(self, beta: Tensor) -> None:
-        self._log_a2 = {(torch.device("cpu"), torch.float64): torch.log1p(-beta).cumsum(0)}
-
-    def _table(self, like: Tensor) -> Tensor:
-        """The table on the device and in the dtype of `like`, copied there once."""
-        key = like.device, like.dtype
-        if key not in self._log_a2:
-            self._log_a2[key] = next(iter(self._log_a2.values())).to(*key)
-        return self._log_a2[key]
+        self._log_a2 = Table(torch.log1p(-beta).cumsum(0))
 
     def _coefficients(self, t):
-        table = self._table(t)
+        table = self._log_a2.like(t)
         last = len(table) - 1
         i = (last * t).long().clamp(0, last - 1)
         start, end = table.take(i), table.take(i + 1)  # table[i] would wait for the GPU
@@ -175,7 +182,7 @@ class LDMLinear(Path):
 
     def time(self, log_snr):
         log_a2 = torch.nn.functional.logsigmoid(log_snr)
-        table = self._table(log_snr)
+        table = self._log_a2.like(log_snr)
         last = len(table) - 1
         i = (torch.searchsorted(-table, -log_a2.contiguous()) - 1).clamp(0, last - 1)
         return ((i + (log_a2 - table[i]) / (table[i + 1] - table[i])) / last).clamp(0, 1)

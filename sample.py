@@ -161,9 +161,9 @@ def read_torch(path: str | File, kind: str, keys: set[str]) -> dict:
     except Exception as error:  # of many kinds on damaged files, and on pickles it refuses to run
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{kind} {path} is damaged or no {kind}: {reason[:120]}") from None
-    if not isinstance(content, dict) or not content.keys() >= keys:
-        lacks = ", ".join(sorted(keys - set(content))) if isinstance(content, dict) else "all"
-        raise ValueError(f"{path} is no {kind} of this project: it lacks {lacks}")
+    missing = keys - content.keys() if isinstance(content, dict) else keys
+    if missing:
+        raise ValueError(f"{path} is no {kind} of this project: no {', '.join(sorted(missing))}")
     return content
 
 

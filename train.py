@@ -534,18 +534,15 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
             ("teacher", teacher, 2.0 if sync else config["teacher_cfg"]),
             ("student", sampler, 2.0 if sync else 1.0),
         ):
-            rows = {n: f"{n} steps" for n in counts if model is teacher or n >= K}
-            for n in rows:
-                x0[name, n] = sample.draw(model, cond, seed=0, steps=n, cfg=cfg)
-            images = torch.cat([x0[name, n] for n in rows])
-            save_images(config, images, out / name, len(cond[0]), [*rows.values()])
+            steps = [n for n in counts if model is teacher or n >= K]
+            x0[name] = {n: sample.draw(model, cond, seed=0, steps=n, cfg=cfg) for n in steps}
+            images, names = torch.cat([*x0[name].values()]), [f"{n} steps" for n in steps]
+            save_images(config, images, out / name, len(cond[0]), names)
         save_grid(sampler, out, dataset, cfg, steps=K)
         print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
         print(f"{'evaluations':12}{'teacher':>12}{'student':>12}")
         for n in counts:
-            far = [
-                x0[who, n] - x0["teacher", 100] for who in ("teacher", "student")[: 1 + (n >= K)]
-            ]
+            far = [rows[n] - x0["teacher"][100] for rows in x0.values() if n in rows]
             print(f"{n:<12}" + "".join(f"{d.square().mean().sqrt():12.4f}" for d in far))
         print(f"pictures: {out}/teacher, {out}/student; in {K} steps {out}/samples")
         return
@@ -571,11 +568,11 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
         print(f"4-step gap (the teacher's 4 steps less its 100) closed: {closed:.1%}")
     reference = toy2d.reference(dataset, 0, 10_000, config["conditional"])
     cond = [reference.labels[:2000]] * config["conditional"]
-    fields = {"teacher": teacher.velocity, "student": sampler.velocity}
+    null_cond, own = teacher.network.null_cond, teacher.velocity
     if config["parameterization"] == "epsilon":  # both on the teacher's path
-        fields["teacher"] = teacher.formulation.velocity(teacher.network)
-    null_cond = teacher.network.null_cond
-    fields["teacher"] = guide(fields["teacher"], null_cond, config["teacher_cfg"])
+        own = teacher.formulation.velocity(teacher.network)
+    guided = guide(own, null_cond, config["teacher_cfg"])
+    fields = {"teacher": guided, "student": sampler.velocity}
     for name, field in fields.items():
         ratios = sampler.flow.straightness(field, reference.noise[:2000], *cond)
         windows = " ".join(f"{r:.1e}" for r in ratios.tolist())
