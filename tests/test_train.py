@@ -52,6 +52,14 @@ def run(*args, script="train.py", **kwargs):
     )
 
 
+def run_together(*commands):
+    """Side by side, to the end; each must end well."""
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for process in [subprocess.Popen(command, **pipes) for command in commands]:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr[-2000:]
+
+
 def same(a, b):
     """Equal to the bit, through nested dicts and lists."""
     if isinstance(a, dict):
@@ -142,8 +150,8 @@ def kill_and_resume(tmp_path, kills):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert read_checkpoint(out / "checkpoint.pt")["step"] > before
-    for args in (["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]):
-        subprocess.run(fast_command(*args, changes=often), check=True, capture_output=True)
+    last = ["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]
+    run_together(*(fast_command(*args, changes=often) for args in last))
     assert same(
         read_checkpoint(out / "checkpoint.pt"),
         read_checkpoint(tmp_path / "whole" / "checkpoint.pt"),
@@ -356,12 +364,10 @@ def latents_command(folder, out, *flags, ranks=0):
 
 def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
     """Weights, EMA and log to rounding; checkpoints without prefixes."""
-    for flags, ranks in ((["--accumulate", "2"], 0), ([], 2)):
-        command = latents_command(
-            latents, tmp_path / f"r{ranks}", "--steps", "12", *flags, ranks=ranks
-        )
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run_together(
+        latents_command(latents, tmp_path / "r0", "--steps", "12", "--accumulate", "2"),
+        latents_command(latents, tmp_path / "r2", "--steps", "12", ranks=2),
+    )
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
     for part in ("network", "ema"):
         assert one[part].keys() == two[part].keys() and "mmdit.pos_embed" in one[part]
@@ -388,7 +394,7 @@ def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
     assert read_checkpoint(out / "checkpoint.pt")["step"] == step + 10
 
 
-def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path):
+def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch):
     """The loss falls, the checkpoint has no prefixes, sample.py writes latents as ADM's layout."""
     flags = ["--steps", "60", "--precision", "bf16", "--compile"]
     command = latents_command(latents, tmp_path / "run", *flags)
@@ -396,10 +402,11 @@ def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_loss"] < 1.6
-    out = tmp_path / "x.npz"
-    checkpoint = tmp_path / "run" / "checkpoint.pt"
-    done = run(checkpoint, "--num", 7, "--steps", 3, "--out", out, script="sample.py")
-    assert done.returncode == 0, done.stderr
+    out, checkpoint = tmp_path / "x.npz", tmp_path / "run" / "checkpoint.pt"
+    monkeypatch.setattr(
+        sys, "argv", f"sample.py {checkpoint} --num 7 --steps 3 --out {out}".split()
+    )
+    sample.main()
     arrays = np.load(out)
     assert arrays["arr_0"].shape == (7, 4, 4, 4) and arrays["arr_1"].tolist() == [
         0,
@@ -412,11 +419,13 @@ def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path):
     ]
 
 
-def test_toy_on_mmdit(tmp_path):
+def test_toy_on_mmdit(tmp_path, monkeypatch, own_process):
     """The same network code on points: 2 x 1 x 1 latents."""
     out = tmp_path / "run"
-    flags = ["--network", "mmdit", "--depth", 1, "--steps", 20, "--batch-size", 16, "--out", out]
-    subprocess.run(fast_command(*flags), check=True, capture_output=True)
+    flags = f"--network mmdit --depth 1 --steps 20 --batch-size 16 --out {out}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    monkeypatch.setattr(train, "report", lambda *args: None)
+    train.main()
     assert sample.load(out / "checkpoint.pt").sample(torch.randn(5, 2), steps=2).shape == (5, 2)
 
 
