@@ -26,6 +26,7 @@ import math
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -743,8 +744,15 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
     log = (out / "log.jsonl").open("a") if rank == 0 else None
     steps = range(start, config["steps"])
     bar = tqdm(
-        steps, initial=start, total=config["steps"], desc=str(out), unit="step", disable=rank > 0
+        steps,
+        initial=start,
+        total=config["steps"],
+        desc=str(out),
+        unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 5,  # seconds: a log file is to stay small
+        disable=rank > 0,
     )
+    since = time.perf_counter()
     for step in bar:
         losses.append(
             update(
@@ -758,6 +766,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
         if world > 1:
             dist.all_reduce(values, dist.ReduceOp.SUM)
         *values, stopped = values.tolist()  # the loop's only synchronisation
+        rate = len(values) * config["batch_size"] / (time.perf_counter() - since)
         losses.clear()
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
         if bad:
@@ -778,7 +787,6 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                 if config["dataset"] != "toy2d" and done != config["steps"]:
                     save_grid(sampler, out, dataset, cfg=1.0)
             print(json.dumps(entry), file=log, flush=True)
-            rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
             shown = {"loss": f"{entry['loss']:.3g}", **{k: f"{v:.2g}" for k, v in figures.items()}}
             shown["samples/s"] = f"{rate:.0f}"
             if peak and config["dataset"] != "toy2d":
@@ -793,6 +801,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                 again = f"python train.py --dataset {config['dataset']} --resume --out {out}"
                 print(f"stopped; saved step {done}. Go on with: {again}")
             return 128 + (stop or [signal.SIGTERM])[0]
+        since = time.perf_counter()  # after evaluation and saving: the rate is training's alone
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: the report may be cut short
@@ -800,6 +809,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
         stream.close()
     if rank == 0:
         torch.set_num_threads(threads)
+        print("trained; now sampling, measuring and drawing", flush=True)  # minutes for an MM-DiT
         if config["dataset"] == "toy2d":
             average.cpu()
         if teacher:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -635,10 +636,13 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
     poison = lambda *args: update(*args) * (float("nan") if args[5] == 137 else 1)
     monkeypatch.setattr(train, "update", poison)
     monkeypatch.setitem(train.PRESETS["toy2d"], "save_every", 100)
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second at each look
+    monkeypatch.setattr(train, "time", clock)
     done = in_process(
         train.main, [*SHORT, "--out", tmp_path / "run"], tmp_path, monkeypatch, capsys
     )
     said = str(done.returncode)
+    assert "samples/s=3200" in done.stderr  # 100 steps of 32 between two looks
     assert "the loss of step 138 is not finite" in said and "step 100 is kept" in said
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 100
 
