@@ -61,14 +61,13 @@ class Dataset:
         return spec | dict(context=context, pooled=pooled, meta=self.meta)
 
     def gather(self, rows: np.ndarray) -> tuple[Tensor, ...]:
-        """(x0, *cond) on the CPU: x0 as stored, see `to_float`; labels int64, text float32."""
-        x0, *cond = (torch.from_numpy(np.asarray(array[rows])) for array in (self.x0, *self.cond))
-        return x0, *(c.float() if c.is_floating_point() else c for c in cond)
+        """(x0, *cond) on the CPU, as stored."""
+        return tuple(torch.from_numpy(np.asarray(array[rows])) for array in (self.x0, *self.cond))
 
     def batch(
         self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1
     ) -> tuple[Tensor, ...]:
-        """(x0, *cond) of `size` examples: step n's micro-batch `micro` of `micros`.
+        """(x0, *cond) of `size` examples, as stored: step n's micro-batch `micro` of `micros`.
 
         The steps walk along one permutation after the other: an epoch's last partial batch is
         filled from the next one.
@@ -80,8 +79,9 @@ class Dataset:
         return self.gather(self.train[np.concatenate(order)])
 
     def validation(self, n: int) -> tuple[Tensor, ...]:
-        """The first n held-out examples (x0, *cond), or all where there are fewer."""
-        return self.gather(self.held_out[:n])
+        """The first n held-out examples, or all where there are fewer; text in float32."""
+        x0, *cond = self.gather(self.held_out[:n])
+        return x0, *(c.float() if c.is_floating_point() else c for c in cond)
 
     @staticmethod
     def to_float(x0: Tensor) -> Tensor:

@@ -346,7 +346,7 @@ def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
             if any(latents.spec()[key] != spec[key] for key in ("context", "pooled")):
                 raise ValueError(f"--data {args.data} does not hold texts of this model's shapes")
             _, *cond = latents.validation(args.num)
-            cond = [c[torch.arange(args.num) % len(c)].float() for c in cond]
+            cond = [c[torch.arange(args.num) % len(c)] for c in cond]
         else:
             cond = [null.expand(args.num, *null.shape) for null in sampler.network.null_cond]
     elif args.label is None:

@@ -295,11 +295,14 @@ def seeded(
 def drop(
     cond: list[Tensor], null_cond: Sequence[Tensor], rates: list[float], generator: torch.Generator
 ) -> list[Tensor]:
-    """Replace each condition's rows by the null one at its rate, for classifier-free guidance."""
+    """Replace each condition's rows by the null one at its rate, for classifier-free guidance.
+
+    Text that is stored in float16 comes out in float32, as its null condition is.
+    """
     kept = []
     for c, null, rate in zip(cond, null_cond, rates, strict=False):
         dropped = torch.rand(len(c), generator=generator, device=generator.device) < rate
-        kept.append(torch.where(dropped.reshape(-1, *[1] * (c.dim() - 1)), null.to(c), c))
+        kept.append(torch.where(dropped.reshape(-1, *[1] * (c.dim() - 1)), null, c))
     return kept
 
 

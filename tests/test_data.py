@@ -251,7 +251,8 @@ def test_latents_with_text(tmp_path):
     assert (spec["classes"], spec["context"], spec["pooled"]) == (0, [3, 5], [2])
     x0, context, pooled = latents.batch(0, 1, 7)
     assert context.shape == (7, 3, 5) and pooled.shape == (7, 2)
-    assert x0.dtype == torch.float16 and context.dtype == pooled.dtype == torch.float32
+    assert (x0.dtype, context.dtype, pooled.dtype) == (torch.float16, torch.float16, torch.float32)
+    assert latents.validation(1)[1].dtype == torch.float32
     assert torch.equal(context[:, 0, 0] / 15, pooled[:, 0] / 2)  # rows belong together
 
 

@@ -236,6 +236,9 @@ def test_labels_are_dropped_at_their_rate():
     (dropped,) = train.drop([labels], (torch.tensor(8),), [0.1], torch.Generator())
     assert abs((dropped == 8).double().mean().item() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
     assert set(dropped.unique().tolist()) == {0, 8}
+    text, null = torch.ones(100, 3, 2, dtype=torch.float16), torch.zeros(3, 2)
+    (dropped,) = train.drop([text], [null], [0.5], torch.Generator())
+    assert dropped.dtype == torch.float32 and dropped.unique().tolist() == [0, 1]
 
 
 def test_seeds_do_not_collide():
