@@ -359,16 +359,16 @@ def encode(
 
 
 @torch.no_grad()
-def decode(x0: Tensor, meta: dict) -> np.ndarray:
+def decode(x0: Tensor, meta: dict, device: str) -> np.ndarray:
     """Latents x0 (B,C,H,W) -> uint8 (B,H,W,3). ValueError where their VAE is not to be had."""
     if not meta["vae"]:
         raise ValueError("the meta.json of these latents names no VAE")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_vae(meta["vae"], device)
     if vae.config.latent_channels != x0.shape[1]:
         raise ValueError(f"the VAE {meta['vae']} takes {vae.config.latent_channels} channels")
     z = x0.to(device, torch.float32) / meta["scaling"] + meta["shift"]
-    return np.concatenate([to_uint8(vae.decode(rows).sample) for rows in z.split(8)])
+    parts = z.split(max(1, 2**15 // z[0].numel()))  # the decoder's memory is large
+    return np.concatenate([to_uint8(vae.decode(rows).sample) for rows in parts])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -264,7 +264,9 @@ class MMDiT(nn.Module):
             streams = (torch.cat(streams, dim=1),)  # (B,L+N,D)
         for block in self.joint_blocks:
             if self.checkpointing and self.training:
-                streams = checkpoint(block, c, *streams, use_reentrant=False)
+                streams = checkpoint(
+                    block, c, *streams, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 streams = block(c, *streams)
         x = self.final_layer(streams[-1][:, -N:], c)  # the image tokens: (B,N,p p C)

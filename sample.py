@@ -223,13 +223,16 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # meta has no values
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = (
             ["cpu"]
             + ["cuda"] * torch.cuda.is_available()
             + ["mps"] * torch.backends.mps.is_available()
         )
-        raise ValueError(f"device {name!r} is not there; choose from {', '.join(there)}") from None
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(
+            f"device {name!r} is not to be had ({reason}); choose from {', '.join(there)}"
+        ) from None
     return device
 
 
@@ -278,12 +281,12 @@ def sample_toy(sampler: Sampler, args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def pictures(config: dict, x0: Tensor) -> np.ndarray | None:
+def pictures(sampler: Sampler, x0: Tensor) -> np.ndarray | None:
     """x0 (B,C,H,W) as uint8 (B,H,W,3); None for latents whose VAE is not to be had here."""
-    if config["dataset"] == "cifar10":
+    if sampler.config["dataset"] == "cifar10":
         return data.to_uint8(x0)
     try:
-        return data.decode(x0, config["spec"]["meta"])
+        return data.decode(x0, sampler.config["spec"]["meta"], str(sampler.device))
     except ValueError as error:
         print(f"not decoded: {error}")
         return None
@@ -365,7 +368,7 @@ def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
     x0 = draw(
         sampler, cond, args.seed, progress=True, steps=args.steps, method=args.solver, cfg=args.cfg
     )
-    images = pictures(config, x0)
+    images = pictures(sampler, x0)
     if images is None:
         args.out = args.out.with_suffix(".npz")  # latents, as they are
     if args.out.suffix == ".npz":

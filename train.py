@@ -24,12 +24,14 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path as File
 
 import numpy as np
@@ -445,7 +447,7 @@ def validation_loss(network: Field, objective, x0: Tensor, *cond: Tensor) -> flo
     eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
     losses = []
     for t, rows in itertools.product(
-        (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(1024)
+        (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))
     ):
         t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
         z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
@@ -470,9 +472,11 @@ def evaluate(sampler: Sampler, dataset, validation: list[Tensor]) -> dict[str, f
     return figures
 
 
-def save_images(config: dict, x0: Tensor, out: File, columns: int, names: Sequence[str]) -> None:
+def save_images(
+    sampler: Sampler, x0: Tensor, out: File, columns: int, names: Sequence[str]
+) -> None:
     """A grid as OUT.png; latents whose VAE is not to be had stay latents, OUT.npz."""
-    images = sample.pictures(config, x0)
+    images = sample.pictures(sampler, x0)
     if images is None:
         np.savez(out.with_suffix(".npz"), x0.numpy())
     else:
@@ -487,7 +491,7 @@ def save_grid(sampler: Sampler, out: File, dataset, cfg: float, steps: int = 50)
     else:
         _, *cond = dataset.validation(80)
     x0 = sample.draw(sampler, cond, seed=0, steps=steps, cfg=cfg)
-    save_images(sampler.config, x0, out / "samples", 8, names)
+    save_images(sampler, x0, out / "samples", 8, names)
 
 
 def report(sampler: Sampler, out: File, dataset) -> None:
@@ -541,7 +545,7 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
             steps = [n for n in counts if model is teacher or n >= K]
             x0[name] = {n: sample.draw(model, cond, seed=0, steps=n, cfg=cfg) for n in steps}
             images, names = torch.cat([*x0[name].values()]), [f"{n} steps" for n in steps]
-            save_images(config, images, out / name, len(cond[0]), names)
+            save_images(model, images, out / name, len(cond[0]), names)
         save_grid(sampler, out, dataset, cfg, steps=K)
         print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
         print(f"{'evaluations':12}{'teacher':>12}{'student':>12}")
@@ -690,15 +694,17 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                 }
                 save(out / "checkpoint.pt", {"config": config, "step": step, **state})
 
-        if world > 1:  # and wait: rank 0's first checkpoint must not meet a rank still to start
+        if world > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patience = timedelta(hours=1)  # rank 0 evaluates, draws and saves alone
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             cut_log(out / "log.jsonl", start)
         if not checkpoint:
             save_at(0)
+        del checkpoint  # of 16 bytes a parameter
     threads = torch.get_num_threads()
     if config["network"] == "mlp":
         torch.set_num_threads(1)  # for this MLP two threads are slower than one
@@ -740,8 +746,9 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((rate for chip, rate in PEAK.items() if chip in name), 0)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for name, rate in PEAK.items() if name in re.split("[ -]", chip)), 0)
+    counted = peak and config["precision"] == "bf16" and config["dataset"] != "toy2d" and not flow
     losses: list[Tensor] = []
     saved, figures, ema = start, {}, list(average.parameters())
     log = (out / "log.jsonl").open("a") if rank == 0 else None
@@ -792,7 +799,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
             print(json.dumps(entry), file=log, flush=True)
             shown = {"loss": f"{entry['loss']:.3g}", **{k: f"{v:.2g}" for k, v in figures.items()}}
             shown["samples/s"] = f"{rate:.0f}"
-            if peak and config["dataset"] != "toy2d":
+            if counted:
                 shown["MFU"] = f"{rate * training_flops(config, core) / peak / world:.0%}"
             bar.set_postfix(shown, refresh=False)
         if done % config["save_every"] == 0 or done == config["steps"] or stopped:

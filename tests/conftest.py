@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identical runs are promised for a CPU only
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
 
 

@@ -393,7 +393,7 @@ def test_encode_and_decode(tree, vae, tmp_path, encode):
         z = model.encode(x).latent_dist.mean
         again = model.decode(z).sample
     assert torch.allclose(torch.tensor(latents.x0[2]).float(), (z - 0.25) * 1.5, atol=2e-3)
-    images = data.decode(torch.tensor(latents.x0[:]), latents.meta)
+    images = data.decode(torch.tensor(latents.x0[:]), latents.meta, "cpu")
     assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
     assert np.abs(images[2].astype(int) - data.to_uint8(again)[0]).max() <= 1
     with pytest.raises(ValueError, match="holds latents already"):
@@ -457,15 +457,17 @@ def test_bad_input_of_encode_and_decode(tree, vae, tmp_path, encode):
         encode(out)
     x0 = torch.zeros(1, 16, 4, 4)
     with pytest.raises(ValueError, match="takes 4 channels"):
-        data.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": vae})
+        data.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": vae}, "cpu")
     with pytest.raises(ValueError, match="names no VAE"):
-        data.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": None})
+        data.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": None}, "cpu")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="needs the optional package diffusers: pip install"):
-        data.decode(torch.zeros(1, 4, 4, 4), {"scaling": 1.0, "shift": 0.0, "vae": "a/missing"})
+        data.decode(
+            torch.zeros(1, 4, 4, 4), {"scaling": 1.0, "shift": 0.0, "vae": "a/missing"}, "cpu"
+        )
     with pytest.raises(ValueError, match="needs the optional package diffusers: pip install"):
         data.encode(tmp_path, tmp_path / "out", "a/missing", 32, 3, "cpu")
     assert not (tmp_path / "out").exists()

@@ -367,10 +367,10 @@ def latents_command(folder, out, *flags, ranks=0):
 
 
 def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
-    """Weights, EMA and log to rounding; checkpoints without prefixes."""
+    """Weights, EMA and log to rounding, the ranks compiled; checkpoints without prefixes."""
     run_together(
         latents_command(latents, tmp_path / "r0", "--steps", "12", "--accumulate", "2"),
-        latents_command(latents, tmp_path / "r2", "--steps", "12", ranks=2),
+        latents_command(latents, tmp_path / "r2", "--steps", "12", "--compile", ranks=2),
     )
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
     for part in ("network", "ema"):
