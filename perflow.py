@@ -45,7 +45,7 @@ class PeRFlow:
             0.5, 0.5        99.9 %               2.3 %       3.5 x
 
         At 2e-3 edge = 0.5 reaches 99.4 % alone in 8000 steps; straight throughout needs the gap.
-        On MM-DiT the first row is at -77 %, each of the others at 99.9 % or more (see the README).
+        On MM-DiT the first row is at -104 %, each of the others at 99.8 % or more (see the README).
 
     reuse: how many draws of t, in its window, share a solve in `examples`.
 
