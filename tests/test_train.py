@@ -444,7 +444,9 @@ def test_perflow_students_train_sample_and_plug(
 ):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     figures = dict(energy=0.1, energy_error=0, outliers=0)
-    monkeypatch.setattr(train.toy2d, "yardsticks", lambda *args: figures)  # which take seconds
+    reference = train.toy2d.reference
+    monkeypatch.setattr(train.toy2d, "reference", lambda m, seed, n, c: reference(m, seed, 2000, c))
+    monkeypatch.setattr(train.toy2d, "yardsticks", lambda *args: figures)  # both take seconds
     monkeypatch.setattr(train, "report", lambda *args: None)
     common = ["--steps", 30, "--batch-size", 16]
     for args in (
