@@ -798,7 +798,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
                     save_grid(sampler, out, dataset, cfg=1.0)
             print(json.dumps(entry), file=log, flush=True)
             shown = {"loss": f"{entry['loss']:.3g}", **{k: f"{v:.2g}" for k, v in figures.items()}}
-            shown["samples/s"] = f"{rate:.0f}"
+            shown["samples/s"] = tqdm.format_sizeof(rate)
             if counted:
                 shown["MFU"] = f"{rate * training_flops(config, core) / peak / world:.0%}"
             bar.set_postfix(shown, refresh=False)

@@ -647,7 +647,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
         train.main, [*SHORT, "--out", tmp_path / "run"], tmp_path, monkeypatch, capsys
     )
     said = str(done.returncode)
-    assert "samples/s=3200" in done.stderr  # 100 steps of 32 between two looks
+    assert "samples/s=3.20k" in done.stderr  # 100 steps of 32 between two looks
     assert "the loss of step 138 is not finite" in said and "step 100 is kept" in said
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 100
 
