@@ -544,8 +544,8 @@ def report_student(sampler: Sampler, teacher: Sampler, out: File, dataset) -> No
         ):
             steps = [n for n in counts if model is teacher or n >= K]
             x0[name] = {n: sample.draw(model, cond, seed=0, steps=n, cfg=cfg) for n in steps}
-            images, names = torch.cat([*x0[name].values()]), [f"{n} steps" for n in steps]
-            save_images(model, images, out / name, len(cond[0]), names)
+            names = [f"{n} step{'s' * (n > 1)}" for n in steps]
+            save_images(model, torch.cat([*x0[name].values()]), out / name, len(cond[0]), names)
         save_grid(sampler, out, dataset, cfg, steps=K)
         print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
         print(f"{'evaluations':12}{'teacher':>12}{'student':>12}")
