@@ -136,7 +136,7 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, o
 def kill_and_resume(tmp_path, kills):
     """kill -9 at random moments (each log line is saved here): it ends as if never killed."""
     often = "block=5, log_every=5, save_every=5, eval_every=500"
-    flags = ["--dataset", "toy2d", "--steps", 600, "--batch-size", 16]
+    flags = ["--dataset", "toy2d", "--steps", 300 * kills, "--batch-size", 16]
     out, rng = tmp_path / "killed", random.Random(0)
     for kill in range(kills):
         args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
