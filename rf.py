@@ -173,7 +173,7 @@ class LDMLinear(Path):
         table = self._log_a2.like(t)
         last = len(table) - 1
         i = (last * t).long().clamp(0, last - 1)
-        start, end = table.take(i), table.take(i + 1)  # table[i] would wait for the GPU
+        start, end = table.take(i), table.take(i + 1)  # table[i] of one i would wait for a GPU
         slope = end - start
         log_a2 = start + (last * t - i) * slope
         a, b = torch.exp(log_a2 / 2), torch.sqrt(-torch.expm1(log_a2))

@@ -229,7 +229,7 @@ def check_device(name: str) -> torch.device:
             + ["cuda"] * torch.cuda.is_available()
             + ["mps"] * torch.backends.mps.is_available()
         )
-        reason = str(error).splitlines()[0][:80]
+        reason = str(error).partition("\n")[0][:80]
         raise ValueError(
             f"device {name!r} is not to be had ({reason}); choose from {', '.join(there)}"
         ) from None

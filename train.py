@@ -336,7 +336,10 @@ def make_source(
 def examples(
     config: dict, objective, source, null_cond, start: int, micro: int, device: torch.device
 ) -> Iterator[tuple]:
-    """(z, t, target, *cond) of step start, start + 1, ..., in whole blocks, the next in advance."""
+    """(z, t, target, *cond) of step start, start + 1, ..., in whole blocks, the next in advance.
+
+    null_cond is on the device.
+    """
     size = config["block"]
 
     @torch.no_grad()
@@ -445,10 +448,9 @@ EVALUATIONS = (1, 2, 4, 8, 16, 32, 100)  # at which a PeRFlow student meets its 
 def validation_loss(network: Field, objective, x0: Tensor, *cond: Tensor) -> float:
     """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
     eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
+    parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
     losses = []
-    for t, rows in itertools.product(
-        (torch.arange(8) + 0.5) / 8, torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))
-    ):
+    for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
         t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
         z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
         o = network(z, t, *rows_cond)
@@ -697,8 +699,9 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
         if world > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            patience = timedelta(hours=1)  # rank 0 evaluates, draws and saves alone
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            # an hour, as the others wait while rank 0 evaluates, draws and saves
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             cut_log(out / "log.jsonl", start)
@@ -748,6 +751,7 @@ def run(parser: Parser, args: argparse.Namespace) -> str | int | None:
         signal.signal(number, lambda n, frame: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((rate for name, rate in PEAK.items() if name in re.split("[ -]", chip)), 0)
+    # MFU is of bf16's peak; a student's steps are its teacher's work too
     counted = peak and config["precision"] == "bf16" and config["dataset"] != "toy2d" and not flow
     losses: list[Tensor] = []
     saved, figures, ema = start, {}, list(average.parameters())
