@@ -1,16 +1,11 @@
-"""Give me batch number n: CIFAR-10 from its binary archive, or latents from a folder of .npy files.
+"""CIFAR-10 from its binary archive, latents from a folder of .npy files, and what all data share.
 
     python data.py encode --images FOLDER --out DIR --vae NAME    latents of FOLDER/CLASS/IMAGE.jpg
 
 Batch n is a pure function of (seed, n, micro-batch), every example comes once an epoch, and no
 pickle is ever read. Images are in [-1, 1] for the network, latents as they are stored. Whoever has
-other data writes a third child of `Dataset`. Read next: `train.py`, which calls it.
-"""
+other data writes a class like `Cifar10` and a line in `sample.DATASETS`. Read next: `sample.py`."""
 
-from __future__ import annotations
-
-import argparse
-import contextlib
 import functools
 import hashlib
 import http.client
@@ -18,18 +13,33 @@ import io
 import json
 import math
 import os
-import shutil
 import tarfile
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path as File
 from pathlib import PurePosixPath
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+
+from mmdit import ClassMMDiT, MMDiT
+from options import Count, Parser
+from pictures import draw_sheet, to_uint8
+
+NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
+
+
+def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Generator:
+    """A generator for one thing that is drawn in step (or block) n, micro-batch `micro`.
+    Its state is a hash of the four numbers. With their sum, seed 0 would draw at step 1 what seed 1
+    draws at step 0."""
+    numbers = [number & 0xFFFFFFFF for number in (seed, n, micro, what)]
+    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
 
 
 @functools.lru_cache(maxsize=4)
@@ -39,59 +49,189 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
-class Dataset:
-    """What the loop sees of a data set. A child sets the first four."""
+class Data:
+    """What all data share. The rest of what a run asks of them is in `Dataset` and `toy2d.Toy`:
+    batch, held_out, spec, report and, of a spec alone, network and write. Options are their flags.
+    A spec is what a network is built from, in plain values: `shape` of an example, number of
+    `classes`, and what else the class needs."""
 
-    x0: np.ndarray  # (N,C,H,W)
-    cond: list[np.ndarray]  # [labels (N,)], or [context (N,L,D), pooled (N,P)]
-    train: np.ndarray  # the rows that are training examples
-    held_out: np.ndarray  # those of the validation loss
-    classes = 0  # of labels; 0 is text
-    names: list[str] | None = None  # of the classes
-    meta: dict | None = None  # of latents: what `decode` needs
-    flip = False  # whether training may mirror x0
+    @classmethod
+    def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
+        """What n samples are drawn for: one label, or all in turn; nothing where there are none."""
+        classes = spec["classes"]
+        if label is not None and not 0 <= label < classes:
+            good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
+            raise ValueError(f"--label {label} is out of range; {good}")
+        labels = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
+        return [labels] if classes else []
 
-    def __len__(self) -> int:
-        return len(self.train)
+    def metrics(self, model) -> dict[str, float]:
+        """What log and bar show besides the losses."""
+        return {}
 
-    def spec(self) -> dict:
-        """What a network for these data is built from, in plain types, for the checkpoint."""
-        context, pooled = (None, None) if self.classes else (list(c.shape[1:]) for c in self.cond)
-        spec = dict(shape=list(self.x0.shape[1:]), classes=self.classes, names=self.names)
-        return spec | dict(context=context, pooled=pooled, meta=self.meta)
-
-    def gather(self, rows: np.ndarray) -> tuple[Tensor, ...]:
-        """(x0, *cond) on the CPU, as stored."""
-        return tuple(torch.from_numpy(np.asarray(array[rows])) for array in (self.x0, *self.cond))
-
-    def batch(
-        self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1
-    ) -> tuple[Tensor, ...]:
-        """(x0, *cond) of `size` examples, as stored: step n's micro-batch `micro` of `micros`.
-
-        The steps walk along one permutation after the other: an epoch's last partial batch is
-        filled from the next one.
-        """
-        start = (n * micros + micro) * size
-        epoch, at = np.divmod(np.arange(start, start + size), len(self))
-        epochs = np.unique(epoch).tolist()
-        order = [permutation(len(self), seed, e)[at[epoch == e]] for e in epochs]
-        return self.gather(self.train[np.concatenate(order)])
-
-    def validation(self, n: int) -> tuple[Tensor, ...]:
-        """The first n held-out examples, or all where there are fewer; text in float32."""
-        x0, *cond = self.gather(self.held_out[:n])
-        return x0, *(c.float() if c.is_floating_point() else c for c in cond)
+    def preview(self, model, out: File) -> None:
+        """A picture while the run goes on."""
 
     @staticmethod
-    def to_float(x0: Tensor) -> Tensor:
-        """x0 as stored -> what the network sees, in float32 on x0's own device."""
+    def compare(student, teacher, measure) -> None:
+        """Print what measure(model, steps) says of both at equal numbers of evaluations."""
+        fewest = student.objective.fewest
+        print(f"{'evaluations':12}{'teacher':>28}{'student':>28}")
+        for n in sorted({fewest, 1, 2, 4, 8, 16, 32, 100}):
+            cells = measure(teacher, n), measure(student, n) if n >= fewest else "-"
+            print(f"{n:<12}" + "".join(f"{cell:>28}" for cell in cells))
+
+
+class Dataset(Data):
+    """Images or latents in arrays, and everything that a run does with them.
+    x0 is (N,C,H,W); cond is nothing, labels (N,), or context (N,L,D) and pooled (N,P). The last
+    `held_out` of the rows, in the order of `rows`, are never trained on (default: a twentieth)."""
+
+    @dataclass
+    class Options:
+        data: Annotated[str | None, "folder of the files"] = None
+
+    # what a student changes in its teacher's recipe; a held-out example costs it eight solves
+    distil: ClassVar = dict(steps=20_000, batch_size=256, lr=1e-4, validation=128)
+
+    def __init__(self, x0, *cond, names: list[str] | None = None, held_out=None, rows=None):
+        self.x0, self.cond, self.names, self.meta = x0, cond, names, None
+        self.classes = (len(names) if names else int(max(cond[0])) + 1) if len(cond) == 1 else 0
+        rows = np.arange(len(x0)) if rows is None else rows
+        split = len(x0) - (max(1, len(x0) // 20) if held_out is None else held_out)
+        self.train_rows, self.held_out_rows = rows[:split], rows[split:]
+
+    @staticmethod
+    def recipe(options: Options) -> dict:
+        """What these data change in the `Recipe`."""
+        return dict(formulation="rf/lognorm(0.00,1.00)", precision="bf16")
+
+    def spec(self) -> dict:
+        text = [list(c.shape[1:]) for c in self.cond] if len(self.cond) == 2 else [None, None]
+        spec = dict(shape=list(self.x0.shape[1:]), classes=self.classes, names=self.names)
+        return spec | dict(context=text[0], pooled=text[1], meta=self.meta)
+
+    def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
+        """Which examples step n's micro-batch `micro` of `micros` has, (size,).
+        The steps walk along one permutation after the other: an epoch's last partial batch is
+        filled from the next one."""
+        start, N = (n * micros + micro) * size, len(self.train_rows)
+        epoch, at = np.divmod(np.arange(start, start + size), N)
+        order = [permutation(N, seed, e)[at[epoch == e]] for e in np.unique(epoch).tolist()]
+        return self.train_rows[np.concatenate(order)]
+
+    def gather(self, rows: np.ndarray) -> list[Tensor]:
+        """[x0, *cond] on the CPU, as stored."""
+        return [torch.as_tensor(np.asarray(array[rows])) for array in (self.x0, *self.cond)]
+
+    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
+        """[x0, *cond] of these `rows` for the network. They travel to the device as stored."""
+        batch = self.gather(self.rows(seed, n, size, micro, micros))
+        if torch.device(device).type == "cuda":
+            batch = [x.pin_memory() for x in batch]
+        x0, *cond = (x.to(device, non_blocking=True) for x in batch)
+        return [self.prepare(x0, seeded(seed, n, micro, FLIPS, device)), *cond]
+
+    def held_out(self, n: int) -> list[Tensor]:
+        """[x0, *cond] of the first n held-out examples, or of all where there are fewer."""
+        x0, *cond = self.gather(self.held_out_rows[:n])
+        return [self.prepare(x0), *(c.float() if c.is_floating_point() else c for c in cond)]
+
+    @staticmethod
+    def prepare(x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x0 as stored -> what the network sees, in float32; augmented if a generator is given."""
         return x0.float()
 
+    # ---- Of a spec alone: the network, and what is drawn with it
+    @staticmethod
+    def network(spec: dict, recipe) -> nn.Module:
+        """A fresh network with patches of 2 x 2; from depth 30 on it checkpoints activations."""
+        channels, height, width = spec["shape"]
+        if height % 2 or width % 2:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches of 2 x 2")
+        size = max(height, width) // 2
+        shape = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
+        if spec["context"]:
+            text = dict(context_dim=spec["context"][-1], pooled_dim=spec["pooled"][-1])
+            network = core = MMDiT(recipe.depth, **shape, **text)
+            network.null_cond = (torch.zeros(spec["context"]), torch.zeros(spec["pooled"]))
+        else:
+            network = ClassMMDiT(spec["classes"], recipe.depth, **shape)
+            core = network.mmdit
+        core.checkpointing = recipe.depth >= 30
+        return network
 
-# --------------------------------------------------------------------------------------------------
-# CIFAR-10
+    @classmethod
+    def conditions(cls, spec, n, label=None, data=None, generator=None):
+        """Of texts: those held out in the folder `data`, or none."""
+        if not spec["context"] or label is not None:
+            return super().conditions(spec, n, label)
+        if not data:
+            return [torch.zeros(n, *spec[key]) for key in ("context", "pooled")]
+        texts = cls(cls.Options(data=data))
+        if any(texts.spec()[key] != spec[key] for key in ("context", "pooled")):
+            raise ValueError(f"--data {data} does not hold texts of this model's shapes")
+        return [c[torch.arange(n) % len(c)] for c in texts.held_out(n)[1:]]
 
+    @classmethod
+    def images(cls, spec: dict, x0: Tensor) -> np.ndarray | None:
+        """x0 (n,C,H,W) as pictures, uint8 (n,H,W,3); None where that is impossible here."""
+        return to_uint8(x0)
+
+    @classmethod
+    def write(cls, spec: dict, file: File, x0, *cond, columns=10, names=(), seed: int = 0) -> File:
+        """A sheet of samples (.png), with a named row for each of few classes, or arrays (.npz) as
+        the ADM evaluator reads them: arr_0 uint8 (n,H,W,3), then the conditions. Returns the file:
+        latents whose VAE is not to be had here stay latents, in an .npz."""
+        images = cls.images(spec, x0)
+        if images is None:
+            images, file = x0.numpy(), file.with_suffix(".npz")
+        if file.suffix == ".npz":
+            np.savez(file, images, *(c.numpy() for c in cond))
+            return file
+        if spec["classes"] and cond:
+            images = images[cond[0].argsort(stable=True)]
+            kinds, counts = cond[0].unique(return_counts=True)
+            if 1 < len(kinds) <= 10 and len(counts.unique()) == 1:
+                columns = counts[0].item()
+                names = [spec["names"][k] if spec["names"] else str(k) for k in kinds.tolist()]
+        draw_sheet(images, columns, names).save(file)
+        return file
+
+    # ---- What a run shows
+    def preview(self, model, out: File, steps: int = 50, cfg: float | None = None) -> None:
+        """OUT/samples: eight of each of the first ten classes, of 80 held-out texts, or just 80."""
+        cond = self.held_out(80)[1:]
+        if self.classes:
+            cond = [torch.arange(min(10, self.classes)).repeat_interleave(8)]
+        x0 = model.draw(len(cond[0]) if cond else 80, *cond, steps=steps, cfg=cfg)
+        self.write(self.spec(), out / "samples.png", x0, *cond, columns=8)
+
+    def report(self, model, out: File, teacher=None) -> None:
+        """At the end of a run: samples, guided if the model can be; then a student beside its
+        teacher, from the same noise, with a row of pictures for each number of evaluations."""
+        cfg = 2.0 if model.null_cond else None
+        self.preview(model, out, model.objective.fewest if teacher else 50, cfg)
+        if not teacher:
+            return
+        draw = lambda model, n: model.draw(8, *self.held_out(8)[1:], steps=n, cfg=cfg)
+        best, rows = draw(teacher, 100), {"teacher": {}, "student": {}}
+
+        def measure(own, steps: int) -> str:
+            x0 = best if own is teacher and steps == 100 else draw(own, steps)
+            rows["student" if own is model else "teacher"][steps] = x0
+            return f"{(x0 - best).square().mean().sqrt():.4f}"
+
+        print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
+        self.compare(model, teacher, measure)
+        for name, x0 in rows.items():
+            labels = [f"{n} step{'s' * (n > 1)}" for n in x0]
+            file, drawn = out / f"{name}.png", torch.cat([*x0.values()])
+            self.write(self.spec(), file, drawn, columns=8, names=labels)
+        print(f"pictures: {out}/teacher, {out}/student, {out}/samples")
+
+
+# ---- CIFAR-10
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE, MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
@@ -101,14 +241,18 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 class Cifar10(Dataset):
     """CIFAR-10, whole and as uint8, from a folder with the archive or its unpacked files.
+    The five training files are for training, the test file is held out."""
 
-    The five training files are for training, the test file is held out.
-    """
+    @dataclass
+    class Options(Dataset.Options):
+        download: Annotated[bool, "cifar10: fetch the archive into --data first"] = False
 
-    classes, names, flip = 10, NAMES, True
-
-    def __init__(self, folder: str | File):
-        folder = File(folder)
+    def __init__(self, options: Options):
+        if not options.data:
+            raise ValueError("--dataset cifar10 needs --data DIR")
+        if options.download:
+            download(options.data)
+        folder = File(options.data)
         archive = folder if folder.is_file() else folder / ARCHIVE
         places = (folder, folder / "cifar-10-batches-bin")
         unpacked = [place / name for place in places for name in FILES]
@@ -122,28 +266,28 @@ class Cifar10(Dataset):
             if name not in files:
                 raise FileNotFoundError(f"{name} is not among the CIFAR-10 files in {folder}")
             if len(files[name]) != RECORDS * RECORD:
-                raise ValueError(
-                    f"{name} in {folder} has {len(files[name])} bytes, not {RECORDS * RECORD} "
-                    f"({RECORDS} records of {RECORD}): damaged, or another file"
-                )
+                size = f"{len(files[name])} bytes, not {RECORDS * RECORD}"
+                raise ValueError(f"{name} in {folder} has {size}: damaged, or another file")
             label = max(files[name][::RECORD])
             if label > 9:
                 raise ValueError(f"{name} in {folder} has a label {label}; good ones are 0 to 9")
         records = np.frombuffer(b"".join(files[name] for name in FILES), np.uint8)
         records = records.reshape(-1, RECORD)
-        self.x0, self.cond = records[:, 1:].reshape(-1, 3, 32, 32), [records[:, 0].astype(np.int64)]
-        self.train, self.held_out = np.split(np.arange(len(records)), [5 * RECORDS])
+        x0, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
+        super().__init__(x0, labels, names=NAMES, held_out=RECORDS)
 
     @staticmethod
-    def to_float(x0: Tensor) -> Tensor:
-        """uint8 -> [-1, 1], both ends exactly."""
-        return x0.float() / 127.5 - 1
+    def recipe(options):
+        return Dataset.recipe(options) | dict(depth=8, steps=200_000, lr=3e-4)
 
-
-def to_uint8(x0: Tensor) -> np.ndarray:
-    """Images x0 (B,3,H,W) in [-1, 1] -> uint8 (B,H,W,3), rounded and clipped."""
-    x = (x0.float() * 127.5 + 127.5).round().clamp(0, 255)
-    return x.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    @staticmethod
+    def prepare(x0, generator=None):
+        """uint8 -> [-1, 1], both ends exactly; in training half of the pictures are mirrored."""
+        x0 = x0.float() / 127.5 - 1
+        if generator is None:
+            return x0
+        chance = torch.rand(len(x0), 1, 1, 1, generator=generator, device=x0.device)
+        return torch.where(chance < 0.5, x0.flip(3), x0)
 
 
 def read_archive(path: File) -> dict[str, bytes]:
@@ -165,34 +309,29 @@ def read_archive(path: File) -> dict[str, bytes]:
 
 def download(out: str | File) -> None:
     """Fetch the official archive into the folder, unless it is there already."""
-    archive, part = File(out) / ARCHIVE, File(out) / f"{ARCHIVE}.part"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--download needs a single process: fetch the archive before torchrun")
+    archive = File(out) / ARCHIVE
     archive.parent.mkdir(parents=True, exist_ok=True)
-    if archive.exists():
-        read_archive(archive)
-        return
+    fetched = not archive.exists()
     try:
-        with urllib.request.urlopen(URL, timeout=60) as response, part.open("wb") as file:
-            length = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", total=length, desc=ARCHIVE) as stream:
-                shutil.copyfileobj(stream, file)
-        read_archive(part)
-        part.replace(archive)
+        if fetched:
+            torch.hub.download_url_to_file(URL, str(archive))
+        read_archive(archive)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{URL} could not be fetched into {out}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    except ValueError:
+        archive.unlink() if fetched else None
+        raise
 
 
-# --------------------------------------------------------------------------------------------------
-# Latents
-
+# ---- Latents
 FLOATS, INTEGERS = "float16 float32", "uint8 uint16 uint32 int8 int16 int32 int64"
 
 
 def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     """A memory-mapped .npy with as many axes as `shape` and one of the dtypes; ValueError, too,
-    where it holds objects or is not of the length that its header says.
-    """
+    where it holds objects or is not of the length that its header says."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
@@ -200,9 +339,8 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged, or no array of numbers: {error}") from None
     if array.dtype.name not in dtypes.split() or not array.dtype.isnative:
-        raise ValueError(
-            f"{path} has the type {array.dtype.str}, not {' or '.join(dtypes.split())}"
-        )
+        good = " or ".join(dtypes.split())
+        raise ValueError(f"{path} has the type {array.dtype.str}, not {good}")
     if array.ndim != sum(map(str.isalpha, shape)):
         raise ValueError(f"{path} has the shape {array.shape}, not {shape}")
     size, whole = path.stat().st_size, array.offset + array.nbytes
@@ -213,81 +351,88 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
 
 def read_meta(path: File) -> tuple[dict, list[str] | None]:
     """({scaling, shift, vae}, class names) of a meta.json. Each of them may be left out."""
+    meta = {"scaling": 1.0, "shift": 0.0, "vae": None, "classes": None}
     try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
-        scaling, shift = float(given.get("scaling", 1)), float(given.get("shift", 0))
-        vae, names = given.get("vae"), given.get("classes")
-        good = scaling > 0 and math.isfinite(scaling + shift) and isinstance(vae, str | None)
-        good = good and isinstance(names, list | None)
-        good = good and all(isinstance(name, str) for name in names or [])
+        meta |= dict(json.loads(path.read_text(encoding="utf-8")))
+        scaling, shift, names = float(meta["scaling"]), float(meta["shift"]), meta["classes"] or []
+        good = scaling > 0 and math.isfinite(scaling + shift) and isinstance(names, list)
+        good = good and isinstance(meta["vae"], str | None)
+        good = good and all(isinstance(name, str) for name in names)
     except (ValueError, TypeError):
         good = False
     if not good:
         like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
         raise ValueError(f"{path} is not a JSON object like {like}")
-    return dict(scaling=scaling, shift=shift, vae=vae), names
+    return dict(scaling=scaling, shift=shift, vae=meta["vae"]), meta["classes"]
 
 
 class Latents(Dataset):
     """latents.npy (N,C,H,W) float16, memory-mapped; labels.npy (N,), or context.npy (N,L,D) and
     pooled.npy (N,P); meta.json {"scaling", "shift", "vae", "classes": [names]}.
-
     Latents are stored as the network sees them: (z - shift) scaling of the VAE's own z, which has
     about unit variance. Held out are the last min(1024, N/20) rows of a fixed permutation (of a
-    folder sorted by class, the last rows would all be of the last class).
-    """
+    folder sorted by class, the last rows would all be of the last class)."""
 
-    def __init__(self, folder: str | File):
-        folder, self.cond = File(folder), []
-        self.x0 = open_array(folder / "latents.npy", "(N,C,H,W)", "float16")
-        self.meta, self.names = read_meta(folder / "meta.json")
-        N = len(self.x0)
-        if N < 2 or not self.x0.size:
-            raise ValueError(f"{folder}/latents.npy is too small: its shape is {self.x0.shape}")
+    distil: ClassVar = Dataset.distil | dict(lr=5e-5)
+
+    def __init__(self, options: Dataset.Options):
+        if not options.data:
+            raise ValueError("--dataset latents needs --data DIR")
+        folder, cond = File(options.data), []
+        x0 = open_array(folder / "latents.npy", "(N,C,H,W)", "float16")
+        meta, names = read_meta(folder / "meta.json")
+        N = len(x0)
+        if N < 2 or not x0.size:
+            raise ValueError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
         text = any((folder / name).exists() for name in ("context.npy", "pooled.npy"))
         if text == (folder / "labels.npy").exists():
-            raise ValueError(
-                f"{folder} must hold labels.npy, or context.npy and pooled.npy, and not both: "
-                f"{'both are' if text else 'neither is'} there"
-            )
+            both = "both are" if text else "neither is"
+            good = "labels.npy, or context.npy and pooled.npy, and not both"
+            raise ValueError(f"{folder} must hold {good}: {both} there")
         kinds = {"labels.npy": ("(N,)", INTEGERS)}
         if text:
             kinds = {"context.npy": ("(N,L,D)", FLOATS), "pooled.npy": ("(N,P)", FLOATS)}
         for name, kind in kinds.items():
             array = open_array(folder / name, *kind)
-            self.cond.append(array if text else array.astype(np.int64))
+            cond.append(array if text else array.astype(np.int64))
             if len(array) != N:
                 raise ValueError(f"{folder}: latents.npy has {N} rows, {name} has {len(array)}")
         if not text:
-            low, high = int(self.cond[0].min()), int(self.cond[0].max())
-            self.classes = len(self.names) if self.names else high + 1
-            if low < 0 or high >= self.classes:
-                good = f"0 to {self.classes - 1} by the names" if self.names else "0 and above"
+            low, high = int(cond[0].min()), int(cond[0].max())
+            if low < 0 or (names and high >= len(names)):
+                good = f"0 to {len(names) - 1} by the names" if names else "0 and above"
                 raise ValueError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
-        order = permutation(N, 0, 0)
-        self.train, self.held_out = np.split(order, [N - max(1, min(1024, N // 20))])
+        held_out = max(1, min(1024, N // 20))
+        super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
+        self.meta = meta
+
+    @staticmethod
+    def recipe(options):
+        return Dataset.recipe(options) | dict(depth=12, steps=500_000, lr=1e-4)
+
+    @classmethod
+    def images(cls, spec, x0):
+        try:
+            return decode(x0, spec["meta"], "cuda" if torch.cuda.is_available() else "cpu")
+        except ValueError as error:
+            print(f"not decoded: {error}")
+            return None
 
 
-# --------------------------------------------------------------------------------------------------
-# Images to latents and back, with a VAE of the optional package diffusers
-
-
+# ---- Images to latents and back, with a VAE of the optional package diffusers
 @functools.cache
 def load_vae(name: str, device: str):
     """The AutoencoderKL in a folder, or on the hub as ORG/NAME or ORG/NAME/SUBFOLDER."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ValueError(
-            f"the VAE {name} needs the optional package diffusers: pip install diffusers"
-        ) from None
+        message = f"the VAE {name} needs the optional package diffusers: pip install diffusers"
+        raise ValueError(message) from None
     parts = [name] if File(name).is_dir() else name.split("/")
     where = {"subfolder": "/".join(parts[2:])} if parts[2:] else {}
-    try:  # from safetensors, as the other format is pickle; the last flag silences a warning
-        vae = AutoencoderKL.from_pretrained(
-            "/".join(parts[:2]), **where, use_safetensors=True, low_cpu_mem_usage=False
-        )
-        return vae.to(device)
+    how = dict(use_safetensors=True, low_cpu_mem_usage=False)  # no pickle; no warning
+    try:
+        return AutoencoderKL.from_pretrained("/".join(parts[:2]), **where, **how).to(device)
     except Exception as error:  # of many kinds: no network, no such name, damaged files, no device
         raise ValueError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
 
@@ -304,13 +449,18 @@ def load_image(path: File, size: int) -> np.ndarray:
 
 @torch.no_grad()
 def encode(
-    images: str | File, out: str | File, vae: str, size: int, batch_size: int, device: str
+    *,
+    images: Annotated[str, "a folder with a folder of pictures for each class"],
+    out: Annotated[str, "the folder of latents to write or go on with"],
+    vae: Annotated[str, "a diffusers VAE: folder, ORG/NAME[/SUBFOLDER]"],
+    size: Annotated[Count, "pixels a side"] = 256,
+    batch_size: Annotated[Count, "images at once"] = 16,
+    device: Annotated[str | None, "cpu, cuda, cuda:1 (default: cuda if there)"] = None,
 ) -> None:
     """Images FOLDER/CLASS/*.jpg -> a folder for `Latents`; stopped, it goes on with the same call.
-
     Latents are the mean of the VAE's posterior (the paper is silent; a sample would not resume to
-    the same file). They are appended to latents.npy.part, which gets its name when it is whole.
-    """
+    the same file). They are appended to latents.npy.part, which gets its name when it is whole."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     images, out, model = File(images), File(out), load_vae(vae, device)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if size % factor:
@@ -349,7 +499,7 @@ def encode(
             for i in range(done, len(files), batch_size):
                 batch = files[i : i + batch_size]
                 x = np.stack(list(threads.map(load_image, batch, [size] * len(batch))))
-                x = Cifar10.to_float(torch.from_numpy(x).to(device))
+                x = Cifar10.prepare(torch.from_numpy(x).to(device))
                 z = (model.encode(x).latent_dist.mean - meta["shift"]) * meta["scaling"]
                 file.write(z.half().cpu().numpy().tobytes())
                 file.flush()
@@ -371,51 +521,14 @@ def decode(x0: Tensor, meta: dict, device: str) -> np.ndarray:
     return np.concatenate([to_uint8(vae.decode(rows).sample) for rows in parts])
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, with status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    @contextlib.contextmanager
-    def one_line_errors(self):
-        """Bad input (ValueError, OSError) ends the command in one line, not in a traceback."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(" ".join(str(error).split()))
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
 def main() -> None:
-    parser = Parser(description="Make a folder of latents.")
-    commands = parser.add_subparsers(metavar="encode", required=True)
-    code = commands.add_parser("encode", help="images FOLDER/CLASS/IMAGE.jpg to latents")
-    code.add_argument("--images", required=True, help="a folder with a folder for each class")
-    code.add_argument("--out", required=True, help="the folder of latents to write or go on with")
-    code.add_argument(
-        "--vae", required=True, help="a diffusers VAE: folder, or ORG/NAME[/SUBFOLDER]"
-    )
-    code.add_argument("--size", type=positive, default=256, help="pixels a side (default: 256)")
-    code.add_argument(
-        "--batch-size", type=positive, default=16, help="images at once (default: 16)"
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    code.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 (default: {device})")
-    args = vars(parser.parse_args())
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("task", choices=["encode"], help="make a folder of latents")
+    parser.add_options(encode, "options")
+    given = parser.given()
+    del given["task"]
     with parser.one_line_errors():
-        encode(**args)
+        encode(**given)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """MM-DiT, the network of *Scaling Rectified Flow Transformers* (SD3), section 4, and its rival DiT.
 
 Image and text tokens have their own weights and meet in one attention; t and c_vec act by adaLN.
-Names, shapes and function are the released SD3 checkpoint's: real weights load as they are.
-Time convention, here and everywhere: t = 0 is data, t = 1 is noise; 1000 t is formed in here.
-Read next: `train.py`, which trains it; `rf.py` says what its output means.
-"""
-
-from __future__ import annotations
+Names, shapes and function are the released SD3 checkpoint's, so real weights load as they are.
+Time, here and everywhere: t = 0 is data, t = 1 is noise. The network multiplies t by 1000 itself.
+Read next: `perflow.py`, the second paper, or `train.py`, which trains this network."""
 
 import math
 from collections import OrderedDict
@@ -16,30 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-HEAD = 64  # values a head: a network of depth d has d blocks, d heads and width 64 d
-FREQUENCIES = 256  # size of the embedding of t
+HEAD_DIM = 64  # a network of depth d has d blocks, d heads of 64 values, and width 64 d
+TIME_CHANNELS = 256  # of the embedding of t: 128 frequencies, cosines and sines
 
 
-# --------------------------------------------------------------------------------------------------
-# Fixed embeddings, of time and of place
-
-
+# ---- Fixed embeddings, of time and of place
 def timestep_embedding(t: Tensor) -> Tensor:
     """t (B,) in [0, 1] -> (B,256): cos, then sin, of (1000 t) 10000^(-i/128), i = 0..127.
-
-    1000 t is a real number and not rounded. In float32 always, under autocast too.
-    """
+    1000 t is not rounded to a whole number. The result is float32, under autocast too."""
     t = (1000 * t.to(torch.promote_types(t.dtype, torch.float32))).float()
-    i = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(10000) * i / (FREQUENCIES // 2))  # (B,128)
+    i = torch.arange(TIME_CHANNELS // 2, dtype=torch.float32, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(10000) * i / (TIME_CHANNELS // 2))  # (B,128)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def position_table(size: int, width: int) -> Tensor:
     """(1, size^2, width): [sin(col), cos(col), sin(row), cos(row)], width/4 channels each.
-
-    Position = index * base/size; the released medium has base 64 and size 192. The paper gives no
-    other size: we keep base 64, but never stretch a smaller grid (unit spacing, as in DiT).
+    A position is index * base/size; the released medium has base 64 and size 192. The paper names
+    no other size: we keep base 64, but do not stretch a smaller grid, whose spacing is 1 as in DiT.
     """
     i = torch.arange(width // 4, dtype=torch.float64)
     position = torch.arange(size, dtype=torch.float64) * (min(size, 64) / size)
@@ -50,17 +41,15 @@ def position_table(size: int, width: int) -> Tensor:
     return torch.cat([col, row], dim=-1).reshape(1, size * size, width).float()
 
 
-# --------------------------------------------------------------------------------------------------
-# The block: two streams, one attention
-
-
+# ---- The block: two streams, one attention
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: LN(x) (1 + scale) + shift, x (B,N,D), shift and scale (B,1,D); LN without weights."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class RMSNorm(nn.RMSNorm):
-    """QK-norm, over the 64 values of a head: in the weight's precision inside, in x's outside."""
+    """QK-norm over the 64 values of a head. It computes in the precision of its weight and returns
+    that of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -68,11 +57,9 @@ class RMSNorm(nn.RMSNorm):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(64)) v in one fused call; q, k, v (B,heads,N,64), no mask.
-
-    But for bf16 on a CPU, where the fused kernel is slower than in float32 and three calls are not.
-    """
+    For bf16 on a CPU it takes three plain calls, because the fused kernel is slower there."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return (HEAD**-0.5 * q @ k.mT).softmax(dim=-1) @ v
+        return (HEAD_DIM**-0.5 * q @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -84,20 +71,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         if not pre_only:
             self.proj = nn.Linear(width, width)
-        self.ln_q = RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = RMSNorm(HEAD, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(HEAD_DIM, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,N,D) -> q, k, v, each (B,N,heads,64)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD)).unbind(2)  # (B,N,3D) -> (B,N,3,heads,64)
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
+        )  # (B,N,3D) -> (B,N,3,heads,64)
         return self.ln_q(q), self.ln_k(k), v
 
 
 class StreamBlock(nn.Module):
     """One stream's weights of a joint block.
-
-    Pre-only: the last context block feeds keys and values and ends there; nobody reads its output.
-    """
+    The last context block is pre-only: it gives keys and values to the attention and stops there,
+    because nobody reads the context after it."""
 
     def __init__(self, width: int, qk_norm: bool, pre_only: bool = False):
         super().__init__()
@@ -109,20 +97,19 @@ class StreamBlock(nn.Module):
             self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
     def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """c (B,D) -> shift, scale, gate of attention, then of the MLP (pre-only: the first two)."""
-        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)  # each (B,1,D)
+        """c (B,D) -> shift, scale, gate of the attention, then of the MLP, each (B,1,D). A pre-only
+        block has the first two."""
+        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
 
     def residual(self, x: Tensor, attended: Tensor, gate, shift_mlp, scale_mlp, gate_mlp) -> Tensor:
-        """Attention's step and then the MLP's: x + gate f(.), no 1 on the gate; x (B,N,D)."""
+        """x (B,N,D) after the attention's step and then the MLP's. A step is x + gate f(x)."""
         x = x + gate * self.attn.proj(attended)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
     """SD3, figure 2b: the streams, context first, meet in one attention and part again.
-
-    With shared weights (DiT) there is one stream: context and image tokens in one sequence.
-    """
+    A DiT shares the weights, so it has one stream: context and image tokens in one sequence."""
 
     def __init__(self, width: int, qk_norm: bool, last: bool, shared: bool):
         super().__init__()
@@ -132,10 +119,8 @@ class JointBlock(nn.Module):
 
     def forward(self, c: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
         """c (B,D); streams (B,L,D) and (B,N,D), or one (B,L+N,D) -> those of them that go on.
-
-        The last context block's queries are computed and dropped, as in the references: so every
-        parameter has a gradient (these a zero one), as DistributedDataParallel expects.
-        """
+        The last context block computes queries that nobody uses, as the references do. So each of
+        its parameters has a gradient, zero for these, which DistributedDataParallel expects."""
         blocks = list(self.children())  # one for each stream
         mods = [block.modulation(c) for block in blocks]
         inputs = [modulate(x, *mod[:2]) for x, mod in zip(streams, mods, strict=True)]
@@ -160,10 +145,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)))
 
 
-# --------------------------------------------------------------------------------------------------
-# The network
-
-
+# ---- The network
 def vector_embedder(size: int, width: int) -> nn.Module:
     """(B,size) -> (B,width): Linear, SiLU, Linear."""
     mlp = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
@@ -172,10 +154,10 @@ def vector_embedder(size: int, width: int) -> nn.Module:
 
 class MMDiT(nn.Module):
     """SD3 section 4: a velocity (or another prediction) from a latent, a time and a text.
-
-    Size by depth alone; SD3 medium is MMDiT(24). `shared` is the paper's DiT, one set of weights
-    for both modalities (its keys: those without a context block). The null condition is zeros.
-    """
+    The paper's c_ctxt is `context`, its c_vec is `pooled`, and its y is `c`, the vector that drives
+    every modulation. Depth alone sets the size; SD3 medium is MMDiT(24). `shared` is the paper's
+    DiT, one set of weights for both modalities: the same keys less the context blocks. The null
+    condition is zeros. ValueError on a depth below 1 and on latents of another shape."""
 
     def __init__(
         self,
@@ -191,7 +173,7 @@ class MMDiT(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.depth, self.width, self.shared = depth, HEAD * depth, shared
+        self.depth, self.width, self.shared = depth, HEAD_DIM * depth, shared
         self.in_channels, self.patch_size = in_channels, patch_size
         self.pos_embed_max_size = pos_embed_max_size
         self.checkpointing = False  # True: training computes each block twice, to save memory
@@ -199,7 +181,7 @@ class MMDiT(nn.Module):
 
         proj = nn.Conv2d(in_channels, self.width, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=proj))
-        self.t_embedder = vector_embedder(FREQUENCIES, self.width)
+        self.t_embedder = vector_embedder(TIME_CHANNELS, self.width)
         self.y_embedder = vector_embedder(pooled_dim, self.width)
         self.context_embedder = nn.Linear(context_dim, self.width)
         self.register_buffer("pos_embed", position_table(pos_embed_max_size, self.width))
@@ -212,9 +194,7 @@ class MMDiT(nn.Module):
 
     def _initialize(self) -> None:
         """adaLN-zero: every modulation and the output start at zero, so each block is the identity.
-
-        The rest as in DiT (SD3 is silent). Each weight is set once: nothing overwrites the zeros.
-        """
+        The rest is DiT's, as SD3 is silent. Each weight is set once: nothing undoes the zeros."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 nn.init.zeros_(layer.bias)
@@ -264,37 +244,19 @@ class MMDiT(nn.Module):
             streams = (torch.cat(streams, dim=1),)  # (B,L+N,D)
         for block in self.joint_blocks:
             if self.checkpointing and self.training:
-                streams = checkpoint(
-                    block, c, *streams, use_reentrant=False, preserve_rng_state=False
-                )
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                streams = checkpoint(block, c, *streams, **how)
             else:
                 streams = block(c, *streams)
         x = self.final_layer(streams[-1][:, -N:], c)  # the image tokens: (B,N,p p C)
         return self.unpatchify(x, H, W)
 
-    def flops(self, height: int, width: int, context_tokens: int) -> int:
-        """Matmul FLOPs of one example's forward; forward and backward together are 3 times that."""
-        image = (height // self.patch_size) * (width // self.patch_size)
-        sequence = context_tokens + image
-        total = self.depth * 4 * sequence**2 * self.width  # q k^T and its product with v
-        for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                if "adaLN" in name or name.startswith(("t_embedder", "y_embedder")):
-                    tokens = 1
-                elif "context" in name:
-                    tokens = context_tokens
-                else:
-                    tokens = sequence if self.shared and "joint_blocks" in name else image
-                total += 2 * layer.weight.numel() * tokens
-        return total
-
 
 class ClassMMDiT(nn.Module):
     """Labels for an MM-DiT: a class is a few learned context tokens and a learned pooled vector.
-
     Label `classes` is the null one; with classes = 0 there is no other. A point (C,) is a C x 1 x 1
-    latent: patch 1, one position. SD3 has no labels: N(0,1), about a text encoder's, is our choice.
-    """
+    latent with one position and patch size 1. SD3 has no labels, so their start is our choice:
+    N(0,1), about the scale of a text encoder's output."""
 
     def __init__(
         self,
@@ -308,7 +270,7 @@ class ClassMMDiT(nn.Module):
         shared: bool = False,
     ):
         super().__init__()
-        dim = HEAD * depth
+        dim = HEAD_DIM * depth
         shape = depth, in_channels, patch_size, pos_embed_max_size
         self.mmdit = MMDiT(*shape, context_dim=dim, pooled_dim=dim, qk_norm=qk_norm, shared=shared)
         self.context = nn.Embedding(classes + 1, tokens * dim)

@@ -1,175 +1,153 @@
-"""From a checkpoint to samples: load, solve, guide, write.
+"""From a checkpoint to samples: load, guide, solve, write.
 
     python sample.py runs/toy2d/checkpoint.pt --num 5000 --steps 20 --out samples.png
 
-A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is ever
-executed. Sampling integrates from t = 1 (noise) down to t = 0 (data). In a notebook, three lines
-are enough:
+A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is executed.
+Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs three lines:
 
+    import torch, sample
     sampler = sample.load("runs/toy2d/checkpoint.pt")
     x0 = sampler.sample(torch.randn(1000, 2), steps=50)
 
-Read next: `train.py`, which writes the checkpoints.
-"""
+Read next: `train.py`, which writes the checkpoints."""
 
-from __future__ import annotations
-
-import argparse
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import toy2d
-from data import Parser, positive
-from mmdit import ClassMMDiT, MMDiT
+from data import DATA, Cifar10, Latents, seeded
+from options import Count, Recipe, command, names, pick
 from perflow import PeRFlow, plug
-from rf import SOLVERS, Field, Formulation, RectifiedFlow, formulation, guide, solve
+from rf import SOLVERS, Field, formulation, guide
+
+# The tables of names. A data set is a class with the methods of `toy2d.Toy` or `data.Dataset`. An
+# objective is a formulation, or a student's: a class with the methods of `PeRFlow`.
+DATASETS = {"toy2d": toy2d.Toy, "cifar10": Cifar10, "latents": Latents}
+OBJECTIVES = {"perflow": PeRFlow}
 
 
-def open_dataset(config: dict):
-    """The mixture, or the images or latents in the folder config["data"]."""
-    if config["dataset"] == "toy2d":
-        return toy2d.GaussianMixture(**config["mixture"])
-    if not config["data"]:
-        raise ValueError(f"--dataset {config['dataset']} needs --data DIR")
-    return (data.Cifar10 if config["dataset"] == "cifar10" else data.Latents)(config["data"])
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The network alone runs under it: coefficients of t, targets and the loss stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def build(config: dict) -> nn.Module:
-    """A configuration's network, freshly initialised; `null_cond` is its null condition."""
-    if config["dataset"] == "toy2d":
-        classes = len(config["mixture"]["weights"]) if config["conditional"] else 0
-        if config["network"] == "mlp":
-            return toy2d.MLP(classes)
-        return ClassMMDiT(
-            classes, config["depth"], in_channels=2, patch_size=1, pos_embed_max_size=1, tokens=1
-        )
-    spec = config["spec"]
-    channels, *size = spec["shape"]
-    if size[0] % 2 or size[1] % 2:
-        raise ValueError(f"latents of {size[0]} x {size[1]} do not divide into patches of 2 x 2")
-    shape = dict(
-        depth=config["depth"], in_channels=channels, patch_size=2, pos_embed_max_size=max(size) // 2
-    )
-    if spec["classes"]:
-        return ClassMMDiT(spec["classes"], **shape, qk_norm=True)
-    context, pooled = spec["context"], spec["pooled"]
-    network = MMDiT(**shape, context_dim=context[-1], pooled_dim=pooled[-1], qk_norm=True)
-    network.null_cond = (torch.zeros(context), torch.zeros(pooled))
-    return network
+def objective_of(config: dict, guided: Callable | None = None):
+    """The objective of a configuration. A student's needs guided(cfg), its teacher's network with
+    guidance, in training only."""
+    formula = formulation(config["formulation"], config["shift"])
+    if not config["objective"]:
+        return formula
+    kind = OBJECTIVES[config["objective"]]
+    return kind.of(formula, pick(kind.Options, config), guided)
 
 
 @dataclass
 class Sampler:
-    """A trained network (its EMA weights), and how to sample from it."""
+    """A trained network (its EMA weights), and how to sample from it.
+    The configuration may be empty for a network of one's own."""
 
     network: nn.Module
-    formulation: Formulation
-    config: dict
-    step: int
-    flow: PeRFlow | None = None  # of a PeRFlow student
+    objective: Any  # a Formulation, or a student's
+    config: dict = field(default_factory=dict)
+    step: int = 0
+    cfg: float = 1.0  # the guidance scale of calls that name none
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
     @property
-    def velocity(self) -> Field:
-        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it predicts.
+    def null_cond(self) -> tuple[Tensor, ...]:
+        """What guidance pushes away from; nothing where training dropped no conditions."""
+        dropped = self.config.get("dropout", 1)
+        return tuple(getattr(self.network, "null_cond", ())) if dropped else ()
 
-        (A PeRFlow student's of the epsilon parameterization is on its teacher's path.)
-        """
-        if self.flow:
-            return self.flow.velocity(student_field(self.config, self.formulation, self.network))
-        return self.formulation.rectified(self.network)
+    def guided(self, cfg: float = 1.0) -> Field:
+        """The network as it is called: in its precision, with guidance of this scale."""
+        if not math.isfinite(cfg) or (cfg != 1 and not self.null_cond):
+            why = "it takes finite ones, and only with conditions, unless its guidance is fixed"
+            raise ValueError(f"cfg {cfg:g} is not for this model: {why}")
+        guided = guide(self.network, [c.to(self.device) for c in self.null_cond], cfg)
+
+        def network(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+            with autocast(self.config.get("precision", "fp32"), z.device):
+                return guided(z, t, *cond).to(z.dtype)
+
+        return network
+
+    @property
+    def velocity(self) -> Field:
+        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it predicts."""
+        return self.objective.rectified(self.guided())
 
     @torch.no_grad()
-    def sample(
-        self, noise: Tensor, *cond: Tensor, steps: int, method: str = "euler", cfg: float = 1.0
-    ) -> Tensor:
-        """Standard noise (B,...) -> x0 (B,...). ValueError on an unknown method or steps < 1.
+    def sample(self, noise: Tensor, *cond: Tensor, cfg: float | None = None, **how) -> Tensor:
+        """Standard noise (B,...) -> x0 (B,...), from t = 1 down to 0, by the objective's `sample`.
+        how: `steps`, or `times` of one's own, `method` (euler, heun, rk4; a student takes euler
+        steps, inside its windows), and `generator` for objectives that draw in sampling. cfg is the
+        scale of classifier-free guidance; 1 is off. ValueError on what does not fit the model."""
+        network = self.guided(self.cfg if cfg is None else cfg)
+        return self.objective.sample(network, noise, *cond, **how)
 
-        euler is the formulation's own first-order step on its own grid (DDIM for variance-
-        preserving paths); heun and rk4 solve `velocity`. A PeRFlow student takes Euler steps inside
-        its windows, and no other. cfg is the scale of classifier-free guidance, 1 is off.
-        """
-        null_cond = [c.to(noise.device) for c in self.network.null_cond]
-        network = guide(self.network, null_cond, cfg)
-        with torch.autocast(
-            noise.device.type, torch.bfloat16, enabled=self.config["precision"] == "bf16"
-        ):
-            if self.flow:
-                if method != "euler":
-                    raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
-                if cfg != 1 and self.config["guidance"] == "fixed":
-                    raise ValueError(f"this student's guidance is fixed: cfg {cfg:g} adds to it")
-                student = student_field(self.config, self.formulation, network)
-                return self.flow.sample(student, noise, *cond, steps=steps)
-            if method == "euler":
-                return self.formulation.sample(network, noise, *cond, steps=steps)
-            path = RectifiedFlow()
-            times = path.shift(path.grid(steps), self.formulation.shift)
-            return solve(
-                self.formulation.rectified(network),
-                noise,
-                *cond,
-                steps=steps,
-                times=times,
-                method=method,
-            )
+    def draw(self, n: int, *cond: Tensor, seed: int = 0, progress: bool = False, **how) -> Tensor:
+        """n samples in float32 on the CPU, one for each row of cond, in batches."""
+        shape, out = self.config["spec"]["shape"], []
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.arange(n).split(max(100, 2**18 // math.prod(shape)))
+        for part in tqdm(rows, unit="batch", disable=not progress):
+            noise = torch.randn(len(part), *shape, generator=generator)
+            inputs = (x.to(self.device) for x in (noise, *(c[part] for c in cond)))
+            out.append(self.sample(*inputs, **how).float().cpu())
+        return torch.cat(out)
 
 
-def student_field(config: dict, formula: Formulation, network: Field) -> Field:
-    """What a PeRFlow student trains as: a velocity field on the RF path, or the eps-network."""
-    return network if config["parameterization"] == "epsilon" else formula.rectified(network)
+# ---- Checkpoints: {config, step, network, ema, optimizer}; `train.configure` explains config
+def save(path: File, content: dict) -> None:
+    """Write beside the old file, flush to the disk, rename: there is always a whole one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def perflow_of(config: dict, formula: Formulation, teacher: Field | None = None) -> PeRFlow | None:
-    """The PeRFlow of a student's configuration; sampling needs no teacher.
-
-    None for other models.
-    """
-    if not config.get("perflow"):
-        return None
-    kept = ("windows", "solver_steps", "parameterization", "gap", "reuse")
-    how = {key: config[key] for key in kept} | {"method": "heun"}
-    if config["parameterization"] == "epsilon":
-        if formula.prediction != "eps":
-            raise ValueError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
-        return PeRFlow(teacher and formula.velocity(teacher), formula.path, **how)
-    return PeRFlow(teacher and formula.rectified(teacher), RectifiedFlow(), **how)
-
-
-CHECKPOINT_KEYS = {"config", "step", "network", "ema", "optimizer"}
-
-
-def read_torch(path: str | File, kind: str, keys: set[str]) -> dict:
-    """A file of torch.save, on the CPU. ValueError, in one line, on anything not whole."""
+def read(path: str | File, kind: str = "checkpoint") -> dict:
+    """A checkpoint (or delta) on the CPU. ValueError, in one line, on anything not whole."""
+    keys = {"checkpoint": {"step", "network", "ema", "optimizer"}, "delta": {"delta"}}[kind]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{kind} {path}: {error.strerror or error}") from None
     except Exception as error:  # of many kinds on damaged files, and on pickles it refuses to run
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{kind} {path} is damaged or no {kind}: {reason[:120]}") from None
-    missing = keys - content.keys() if isinstance(content, dict) else keys
+    missing = keys | {"config"}
+    if isinstance(content, dict):
+        missing -= content.keys()
     if missing:
         raise ValueError(f"{path} is no {kind} of this project: no {', '.join(sorted(missing))}")
+    lacking = (names(Recipe) | {"dataset", "objective", "spec"}) - content["config"].keys()
+    if lacking:
+        why = f"its configuration lacks {', '.join(sorted(lacking))}"
+        raise ValueError(f"{kind} {path} is of an older version of this project: {why}")
+    for key, table in (("dataset", DATASETS), ("objective", OBJECTIVES)):
+        if (name := content["config"][key]) not in (None, *table):
+            raise ValueError(f"{kind} {path}: unknown {key} {name!r}; known are {', '.join(table)}")
     return content
-
-
-def read_checkpoint(path: str | File) -> dict:
-    """The checkpoint's dict, on the CPU. ValueError where it is missing, damaged or none."""
-    return read_torch(path, "checkpoint", CHECKPOINT_KEYS)
 
 
 def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
@@ -181,250 +159,79 @@ def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
         raise ValueError(f"{origin} holds the weights of another network: {reason[:200]}") from None
 
 
-def load(path: str | File, device: str = "cpu") -> Sampler:
-    """A Sampler from a checkpoint, with EMA weights.
-
-    ValueError where it is missing, damaged or no checkpoint.
-    """
-    checkpoint = read_checkpoint(path)
+def load(path: str | File, device: str | torch.device = "cpu", network=None) -> Sampler:
+    """A Sampler from a checkpoint, with EMA weights; `network` is for weights of one's own network.
+    ValueError where the file is missing, damaged or no checkpoint."""
+    checkpoint = read(path)
     config = checkpoint["config"]
-    try:
-        network = build(config)
-        formula = formulation(config["formulation"], config["shift"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: its configuration lacks {error}") from None
+    if network is None:
+        network = DATASETS[config["dataset"]].network(config["spec"], pick(Recipe, config))
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
     network = network.to(check_device(device)).eval().requires_grad_(False)
-    return Sampler(network, formula, config, checkpoint["step"], perflow_of(config, formula))
+    return Sampler(network, objective_of(config), config, checkpoint["step"])
 
 
 def plugged(sampler: Sampler, file: str | File) -> Sampler:
-    """The sampler's network plus the Delta W of a PeRFlow student, and the student's windows.
-
-    ValueError where the delta is of another network, formulation or no delta at all.
-    """
-    delta = read_torch(file, "delta", {"delta", "config"})
-    own, config = sampler.config, delta["config"]
-    if sampler.flow:
-        raise ValueError(f"this model is a PeRFlow student already: {file} would be added twice")
-    if own["formulation"] != config["formulation"]:
-        raise ValueError(f"{file} is of a {config['formulation']}, not of a {own['formulation']}")
+    """The sampler's network plus the Delta W of a student, and the student's way to sample.
+    ValueError where the delta is of another network or formulation, or no delta at all."""
+    delta, own = read(file, "delta"), sampler.config
+    student = delta["config"]
+    if own["objective"]:
+        raise ValueError(f"this model is a student already: {file} would be added twice")
+    if own["formulation"] != student["formulation"]:
+        raise ValueError(f"{file} is of a {student['formulation']}, not of a {own['formulation']}")
     plug(sampler.network, delta["delta"])
-    flow = perflow_of(config, sampler.formulation)
-    return replace(sampler, config={**config, **own, "perflow": config["perflow"]}, flow=flow)
+    kept = {"objective", "teacher"} | names(OBJECTIVES[student["objective"]].Options)
+    config = own | {key: student[key] for key in kept}
+    return replace(sampler, config=config, objective=objective_of(config))
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-
-def check_device(name: str) -> torch.device:
-    """ValueError where the name is no device or the device is not there."""
+def check_device(name: str | torch.device | None = None) -> torch.device:
+    """The device, or by default a GPU where there is one; each rank of torchrun has its own.
+    ValueError where it is not there."""
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
+        device = torch.device(name or "cpu")
         torch.empty(1, device=device).item()  # meta has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = (
-            ["cpu"]
-            + ["cuda"] * torch.cuda.is_available()
-            + ["mps"] * torch.backends.mps.is_available()
-        )
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        good = ", ".join(["cpu"] + [kind for kind, there in kinds.items() if there])
         reason = str(error).partition("\n")[0][:80]
-        raise ValueError(
-            f"device {name!r} is not to be had ({reason}); choose from {', '.join(there)}"
-        ) from None
+        raise ValueError(f"device {name!r} is not there ({reason}); choose from {good}") from None
     return device
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def sample_toy(sampler: Sampler, args: argparse.Namespace) -> None:
-    """Samples of a mixture: a picture or an .npz, and the yardsticks beside the exact field's."""
-    mixture = toy2d.GaussianMixture(**sampler.config["mixture"])
-    generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(args.num, 2, generator=generator)
-    cond = ()
-    if sampler.config["conditional"]:
-        K = len(mixture.weights)
-        if args.label is None:
-            cond = (mixture.sample(args.num, generator)[1],)
-        elif 0 <= args.label < K:
-            cond = (torch.full((args.num,), args.label),)
-            mixture = mixture.component(args.label)
-        else:
-            raise ValueError(f"--label {args.label} is out of range; choose from 0 to {K - 1}")
-    elif args.label is not None or args.cfg != 1:
-        raise ValueError(
-            "this model is unconditional: --label and --cfg need one trained with --conditional"
-        )
-    device = sampler.device
-    x0 = sampler.sample(
-        noise.to(device),
-        *(c.to(device) for c in cond),
-        steps=args.steps,
-        method=args.solver,
-        cfg=args.cfg,
-    )
-    x0 = x0.cpu()
-    if args.out.suffix == ".png":
-        toy2d.draw_samples(x0, mixture, toy2d.hues(noise[:2000])).save(args.out)
-    else:
-        np.savez(args.out, x0.numpy(), *(c.numpy() for c in cond))
-    if args.num > 1:
-        data, _ = mixture.sample(args.num, generator)
-        labels = cond if args.label is None else ()
-        exact = mixture.field(RectifiedFlow())
-        best = solve(exact, noise, *labels, steps=50, method="heun")
-        print(toy2d.figures_table({"samples": x0, "exact field, same noise": best}, data, mixture))
-    print(f"wrote {args.out}")
-
-
-def pictures(sampler: Sampler, x0: Tensor) -> np.ndarray | None:
-    """x0 (B,C,H,W) as uint8 (B,H,W,3); None for latents whose VAE is not to be had here."""
-    if sampler.config["dataset"] == "cifar10":
-        return data.to_uint8(x0)
-    try:
-        return data.decode(x0, sampler.config["spec"]["meta"], str(sampler.device))
-    except ValueError as error:
-        print(f"not decoded: {error}")
-        return None
-
-
-def draw(
-    sampler: Sampler,
-    cond: Sequence[Tensor],
-    seed: int,
-    batch: int = 100,
-    progress: bool = False,
-    **how,
-) -> Tensor:
-    """Images or latents (n,C,H,W) in float32 on the CPU, one for each row of cond, in batches."""
-    n, out = len(cond[0]), []
-    generator = torch.Generator().manual_seed(seed)
-    for rows in tqdm(torch.arange(n).split(batch), unit="batch", disable=not progress):
-        noise = torch.randn(len(rows), *sampler.config["spec"]["shape"], generator=generator)
-        inputs = (x.to(sampler.device) for x in (noise, *(c[rows] for c in cond)))
-        out.append(sampler.sample(*inputs, **how).float().cpu())
-    return torch.cat(out)
-
-
-def draw_grid(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> Image.Image:
-    """Images (n,H,W,3) in rows of `columns`, small ones doubled, with a name before each row."""
-    n, h, w, _ = images.shape
-    zoom, gap = max(1, 64 // h), 2
-    left = 90 if names else 0
-    h, w = h * zoom + gap, w * zoom + gap
-    sheet = Image.new("RGB", (left + columns * w + gap, -(-n // columns) * h + gap), "white")
-    for i, image in enumerate(images):
-        at = (left + i % columns * w + gap, i // columns * h + gap)
-        sheet.paste(Image.fromarray(image).resize((w - gap, h - gap), Image.Resampling.NEAREST), at)
-    for i, name in enumerate(names):
-        ImageDraw.Draw(sheet).text(
-            (6, i * h + h // 2 - 8), name[:12], "black", ImageFont.load_default(14)
-        )
-    return sheet
-
-
-def class_rows(spec: dict, columns: int) -> tuple[tuple[Tensor], list[str]]:
-    """Labels for a grid, a row for each of the first ten classes, and their names."""
-    rows = min(10, spec["classes"])
-    names = spec["names"] or [str(i) for i in range(rows)]
-    return (torch.arange(rows).repeat_interleave(columns),), names[:rows]
-
-
-def sample_images(sampler: Sampler, args: argparse.Namespace) -> None:
-    """A labelled grid, or any number of samples as the ADM evaluator reads them.
-
-    That is an .npz with arr_0 uint8 (N,H,W,3) and arr_1 the labels.
-    """
-    config, columns, names = sampler.config, 10, []
-    spec = config["spec"]
-    if not spec["classes"]:
-        if args.label is not None:
-            raise ValueError("this model takes text, not labels: --label does not apply")
-        if args.data:
-            latents = data.Latents(args.data)
-            if any(latents.spec()[key] != spec[key] for key in ("context", "pooled")):
-                raise ValueError(f"--data {args.data} does not hold texts of this model's shapes")
-            _, *cond = latents.validation(args.num)
-            cond = [c[torch.arange(args.num) % len(c)] for c in cond]
-        else:
-            cond = [null.expand(args.num, *null.shape) for null in sampler.network.null_cond]
-    elif args.label is None:
-        labels = torch.arange(args.num) % spec["classes"]
-        if args.out.suffix == ".png":
-            labels = labels.sort().values
-            if spec["classes"] <= 10 and args.num % spec["classes"] == 0:
-                columns, names = args.num // spec["classes"], class_rows(spec, 1)[1]
-        cond = (labels,)
-    elif 0 <= args.label < spec["classes"]:
-        cond = (torch.full((args.num,), args.label),)
-    else:
-        raise ValueError(
-            f"--label {args.label} is out of range; choose from 0 to {spec['classes'] - 1}"
-        )
-    x0 = draw(
-        sampler, cond, args.seed, progress=True, steps=args.steps, method=args.solver, cfg=args.cfg
-    )
-    images = pictures(sampler, x0)
-    if images is None:
-        args.out = args.out.with_suffix(".npz")  # latents, as they are
-    if args.out.suffix == ".npz":
-        np.savez(args.out, x0.numpy() if images is None else images, *(c.numpy() for c in cond))
-    else:
-        draw_grid(images, columns, names).save(args.out)
-    print(f"wrote {args.out}")
+# ---- The command
+def run(
+    checkpoint: Annotated[str, "a checkpoint.pt that train.py wrote"],
+    num: Annotated[Count | None, "number of samples (default: 2000 points or 100 images)"] = None,
+    steps: Annotated[Count, "of the solver, from t = 1 to 0"] = 50,
+    solver: Annotated[Literal[tuple(SOLVERS)], "of dz = v dt"] = "euler",
+    cfg: Annotated[float | None, "scale of classifier-free guidance (default: 1, off)"] = None,
+    label: Annotated[int | None, "class of a conditional model (default: all classes)"] = None,
+    plug: Annotated[str | None, "add this delta.pt of a PeRFlow student to the weights"] = None,
+    seed: Annotated[int, "of the starting noise"] = 0,
+    data: Annotated[str | None, "a folder of latents whose held-out texts are drawn"] = None,
+    out: Annotated[File, "a .png picture or an .npz of arrays"] = File("samples.png"),
+    device: Annotated[str | None, "cpu, cuda, cuda:1, mps (default: cuda if there)"] = None,
+) -> None:
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {out} must end in .png or .npz")
+    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: {out.parent} is not writable")
+    sampler = load(checkpoint, check_device(device))
+    sampler = plugged(sampler, plug) if plug else sampler
+    kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
+    n = num or (100 if len(spec["shape"]) == 3 else 2000)
+    cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
+    print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")
 
 
 def main() -> None:
-    parser = Parser(description="Draw samples from a checkpoint.")
-    parser.add_argument("checkpoint", help="a checkpoint.pt that train.py wrote")
-    parser.add_argument(
-        "--num", type=positive, help="number of samples (default: 2000 points or 100 images)"
-    )
-    parser.add_argument(
-        "--steps", type=positive, default=50, help="of the solver, from t = 1 to 0 (default: 50)"
-    )
-    parser.add_argument("--solver", default="euler", help=f"{', '.join(SOLVERS)} (default: euler)")
-    parser.add_argument(
-        "--cfg", type=float, default=1.0, help="scale of classifier-free guidance (default: 1, off)"
-    )
-    parser.add_argument(
-        "--label", type=int, help="class of a conditional model; all classes if not given"
-    )
-    parser.add_argument("--plug", metavar="DELTA", help="add a PeRFlow delta.pt to the weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
-    parser.add_argument(
-        "--data", help="a folder of latents with text, whose held-out conditions are used"
-    )
-    parser.add_argument(
-        "--out",
-        type=File,
-        default=File("samples.png"),
-        help="a .png picture or an .npz of arrays (default: samples.png)",
-    )
-    parser.add_argument(
-        "--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: cuda if there)"
-    )
-    args = parser.parse_args()
-    with parser.one_line_errors():
-        if args.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out {args.out} must end in .png or .npz")
-        if not math.isfinite(args.cfg):
-            raise ValueError(f"--cfg {args.cfg} is not a finite number")
-        if args.out.parent.is_dir() and not os.access(args.out.parent, os.W_OK):
-            raise ValueError(f"--out {args.out}: {args.out.parent} is not writable")
-        if args.solver not in SOLVERS:
-            raise ValueError(f"unknown solver {args.solver!r}; choose from {', '.join(SOLVERS)}")
-        sampler = load(args.checkpoint, args.device)
-        if args.plug:
-            sampler = plugged(sampler, args.plug)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        toy = sampler.config["dataset"] == "toy2d"
-        args.num = args.num or (2000 if toy else 100)
-        (sample_toy if toy else sample_images)(sampler, args)
+    command(run, __doc__)
 
 
 if __name__ == "__main__":

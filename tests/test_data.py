@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+from pictures import to_uint8
 
 N = 20  # records in a file, instead of 10,000
 
@@ -69,9 +70,17 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "RECORDS", N)
 
 
+def cifar10(folder: Path) -> data.Cifar10:
+    return data.Cifar10(data.Cifar10.Options(data=str(folder)))
+
+
+def read_latents(folder: Path) -> data.Latents:
+    return data.Latents(data.Latents.Options(data=str(folder)))
+
+
 @pytest.fixture
 def cifar(tmp_path):
-    return data.Cifar10(write_cifar(tmp_path / "cifar"))
+    return cifar10(write_cifar(tmp_path / "cifar"))
 
 
 def identity(x0: torch.Tensor) -> list[bytes]:
@@ -83,7 +92,7 @@ def identity(x0: torch.Tensor) -> list[bytes]:
 
 
 def test_a_batch_is_a_pure_function_of_its_numbers(cifar, tmp_path):
-    again = data.Cifar10(tmp_path / "cifar")
+    again = cifar10(tmp_path / "cifar")
     later = [
         again.batch(3, n, 8) for n in (12, 7, 40)
     ]  # in another order, with other epochs cached
@@ -97,7 +106,8 @@ def test_a_batch_is_a_pure_function_of_its_numbers(cifar, tmp_path):
 def test_every_example_once_an_epoch(cifar, size):
     """100 examples: also where a batch spans two epochs (7, 32) or is longer than one (250)."""
     steps = 700 // size + 1
-    seen = [x for n in range(steps) for x in identity(cifar.batch(5, n, size)[0])]
+    rows = [cifar.rows(5, n, size) for n in range(steps)]
+    seen = [x for some in rows for x in identity(cifar.gather(some)[0])]
     epochs = [seen[i : i + 100] for i in range(0, len(seen) - 99, 100)]
     assert all(len(set(epoch)) == 100 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in its own order
@@ -106,15 +116,24 @@ def test_every_example_once_an_epoch(cifar, size):
 def test_micro_batches_are_the_parts_of_one_batch(cifar):
     for n in range(9):
         parts = [cifar.batch(1, n, 8, micro, 2) for micro in (0, 1)]
-        for whole, *halves in zip(cifar.batch(1, n, 16), *parts, strict=True):
-            assert torch.equal(whole, torch.cat(halves))
+        halves = [cifar.rows(1, n, 8, micro, 2) for micro in (0, 1)]
+        assert (cifar.rows(1, n, 16) == np.concatenate(halves)).all()
+        for half, (x0, labels) in zip(halves, parts, strict=True):
+            pictures, known = cifar.gather(half)
+            assert torch.equal(labels, known)
+            plain = cifar.prepare(pictures)  # a batch has some of them mirrored
+            same = (x0 == plain).flatten(1).all(1)
+            assert torch.equal(x0[~same], plain[~same].flip(3))
 
 
 def test_labels_stay_with_their_pictures(cifar):
     pictures, labels = cifar.gather(np.arange(6 * N))
-    known = dict(zip(identity(pictures), labels.tolist(), strict=True))
+    plain = cifar.prepare(pictures)
+    known = dict(zip(identity(plain), labels.tolist(), strict=True))
+    known |= dict(zip(identity(plain.flip(3)), labels.tolist(), strict=True))
     x0, labels = cifar.batch(0, 3, 50)
     assert [known[x] for x in identity(x0)] == labels.tolist()
+    assert 5 < sum(x in identity(plain) for x in identity(x0)) < 45  # half of them are mirrored
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,36 +142,34 @@ def test_labels_stay_with_their_pictures(cifar):
 
 def test_cifar_is_what_is_in_the_files(cifar):
     x0, labels = cifar.batch(0, 0, 4)
-    assert x0.shape == (4, 3, 32, 32) and x0.dtype == torch.uint8
+    assert x0.shape == (4, 3, 32, 32) and x0.dtype == torch.float32
     assert labels.shape == (4,) and labels.dtype == torch.int64
-    assert len(cifar) == 5 * N and cifar.flip
-    x0, labels = cifar.validation(1000)  # the test file, in its order
+    assert len(cifar.train_rows) == 5 * N and cifar.x0.dtype == np.uint8
+    x0, labels = cifar.held_out(1000)  # the test file, in its order, not mirrored
     raw = np.frombuffer(cifar_files()["test_batch.bin"], np.uint8).reshape(N, data.RECORD)
     assert (labels.numpy() == raw[:, 0]).all()
-    assert x0[7, 2, 31, 5] == raw[7, 1 + 2 * 1024 + 31 * 32 + 5]
+    pixel = raw[7, 1 + 2 * 1024 + 31 * 32 + 5]
+    assert x0[7, 2, 31, 5].item() == pytest.approx(pixel / 127.5 - 1, abs=1e-6)
     spec = cifar.spec()
     assert (spec["shape"], spec["classes"], len(spec["names"])) == ([3, 32, 32], 10, 10)
 
 
 def test_pictures_are_normalised_exactly_and_come_back():
     values = torch.arange(256, dtype=torch.uint8)
-    x0 = data.Cifar10.to_float(values)
+    x0 = data.Cifar10.prepare(values)
     assert x0.dtype == torch.float32 and x0[0] == -1 and x0[255] == 1
     assert torch.allclose(x0 + x0.flip(0), torch.zeros(256), atol=1e-6)
     picture = values.reshape(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    images = data.to_uint8(data.Cifar10.to_float(picture))
+    images = to_uint8(data.Cifar10.prepare(picture))
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
     assert (images == picture.permute(0, 2, 3, 1).numpy()).all()
-    assert data.to_uint8(torch.tensor([-9.0, 0.0, 9.0]).reshape(1, 3, 1, 1)).tolist() == [
-        [[[0, 128, 255]]]
-    ]
 
 
 def test_archive_and_folders_hold_the_same(cifar, tmp_path, monkeypatch):
     write_cifar(tmp_path / "other/cifar-10-batches-bin")
     archive = write_archive(tmp_path, monkeypatch)
     for place in (tmp_path / "other", tmp_path, archive):
-        found = data.Cifar10(place)
+        found = cifar10(place)
         assert (found.x0 == cifar.x0).all() and (found.cond[0] == cifar.cond[0]).all()
     assert {f.name for f in tmp_path.iterdir()} == {"cifar", "other", data.ARCHIVE}  # none unpacked
 
@@ -161,25 +178,25 @@ def test_bad_cifar_files_are_named(tmp_path):
     good, size = cifar_files()["data_batch_3.bin"], N * data.RECORD
     bad = good[: 5 * data.RECORD] + bytes([10]) + good[5 * data.RECORD + 1 :]
     for raw, message in (
-        (good[:-1], f"data_batch_3.bin in .* has {size - 1} bytes, not {size} "),
-        (good + b"\0", f"data_batch_3.bin in .* has {size + 1} bytes, not {size} "),
-        (b"", f"data_batch_3.bin in .* has 0 bytes, not {size} "),
+        (good[:-1], f"data_batch_3.bin in .* has {size - 1} bytes, not {size}:"),
+        (good + b"\0", f"data_batch_3.bin in .* has {size + 1} bytes, not {size}:"),
+        (b"", f"data_batch_3.bin in .* has 0 bytes, not {size}:"),
         (bad, "data_batch_3.bin in .* has a label 10; good ones are 0 to 9"),
     ):
         with pytest.raises(ValueError, match=message):
-            data.Cifar10(write_cifar(tmp_path, data_batch_3=raw))
+            cifar10(write_cifar(tmp_path, data_batch_3=raw))
     (tmp_path / "data_batch_3.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_3\.bin is not among"):
-        data.Cifar10(tmp_path)
+        cifar10(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no cifar-10-binary.tar.gz and no .* --download"):
-        data.Cifar10(tmp_path / "nowhere")
+        cifar10(tmp_path / "nowhere")
 
 
 def test_an_archive_with_the_wrong_checksum_is_refused(tmp_path, monkeypatch):
     path = write_archive(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"has the MD5 \w{32}, not \w{32}"):
-        data.Cifar10(tmp_path)
+        cifar10(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/data_batch_1.bin", "a/../../data_batch_1.bin", "link"])
@@ -189,7 +206,7 @@ def test_a_member_that_points_outside_is_refused(tmp_path, monkeypatch, name):
         member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
     write_archive(tmp_path, monkeypatch, member)
     with pytest.raises(ValueError, match=f"member '{name}' is a link or points outside"):
-        data.Cifar10(tmp_path)
+        cifar10(tmp_path)
 
 
 def test_download_leaves_a_whole_archive_or_none(tmp_path, monkeypatch):
@@ -215,10 +232,12 @@ def test_download_leaves_a_whole_archive_or_none(tmp_path, monkeypatch):
 
 def test_latents_with_labels(tmp_path):
     meta = {"scaling": 1.5, "shift": 0.25, "vae": "someone/vae", "classes": [*"abcdefg"]}
-    latents = data.Latents(write_latents(tmp_path, meta=meta))
+    latents = read_latents(write_latents(tmp_path, meta=meta))
     x0, labels = latents.batch(0, 0, 6)
-    assert x0.shape == (6, 4, 8, 6) and x0.dtype == torch.float16 and labels.dtype == torch.int64
-    assert torch.equal(latents.to_float(x0), x0.float()) and not latents.flip
+    assert x0.shape == (6, 4, 8, 6) and x0.dtype == torch.float32 and labels.dtype == torch.int64
+    stored, again = latents.gather(latents.rows(0, 0, 6))
+    assert stored.dtype == torch.float16 and torch.equal(x0, stored.float())  # none mirrored
+    assert torch.equal(labels, again)
     assert latents.spec() == {
         "shape": [4, 8, 6],
         "classes": 7,
@@ -228,16 +247,16 @@ def test_latents_with_labels(tmp_path):
         "meta": meta,
     }
     assert isinstance(latents.x0, np.memmap)
-    assert data.Latents(write_latents(tmp_path)).spec()["classes"] == 5  # by the labels themselves
+    assert read_latents(write_latents(tmp_path)).spec()["classes"] == 5  # by the labels themselves
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path):
-    latents = data.Latents(write_latents(tmp_path, rows=200))
-    held_out = identity(latents.validation(1000)[0])
-    epoch = identity(latents.batch(0, 0, len(latents))[0])
+    latents = read_latents(write_latents(tmp_path, rows=200))
+    held_out = identity(latents.held_out(1000)[0])
+    epoch = identity(latents.batch(0, 0, len(latents.train_rows))[0])
     assert (len(held_out), len(epoch), len({*held_out, *epoch})) == (10, 190, 200)
-    assert len(latents.validation(1000)[1].unique()) > 1  # though the labels are sorted
-    assert identity(latents.validation(4)[0]) == held_out[:4]
+    assert len(latents.held_out(1000)[1].unique()) > 1  # though the labels are sorted
+    assert identity(latents.held_out(4)[0]) == held_out[:4]
 
 
 def test_latents_with_text(tmp_path):
@@ -246,18 +265,18 @@ def test_latents_with_text(tmp_path):
         "context": np.arange(40 * 3 * 5, dtype=np.float16).reshape(40, 3, 5),
         "pooled": np.arange(40 * 2, dtype=np.float32).reshape(40, 2),
     }
-    latents = data.Latents(write_latents(tmp_path, **text))
+    latents = read_latents(write_latents(tmp_path, **text))
     spec = latents.spec()
     assert (spec["classes"], spec["context"], spec["pooled"]) == (0, [3, 5], [2])
-    x0, context, pooled = latents.batch(0, 1, 7)
+    _, context, pooled = latents.batch(0, 1, 7)
     assert context.shape == (7, 3, 5) and pooled.shape == (7, 2)
-    assert (x0.dtype, context.dtype, pooled.dtype) == (torch.float16, torch.float16, torch.float32)
-    assert latents.validation(1)[1].dtype == torch.float32
+    assert (context.dtype, pooled.dtype) == (torch.float16, torch.float32)  # travel as stored
+    assert latents.held_out(1)[1].dtype == torch.float32
     assert torch.equal(context[:, 0, 0] / 15, pooled[:, 0] / 2)  # rows belong together
 
 
 def test_a_spec_survives_a_checkpoint(tmp_path, cifar):
-    for dataset in (cifar, data.Latents(write_latents(tmp_path / "latents"))):
+    for dataset in (cifar, read_latents(write_latents(tmp_path / "latents"))):
         torch.save(dataset.spec(), tmp_path / "spec.pt")
         assert torch.load(tmp_path / "spec.pt", weights_only=True) == dataset.spec()
 
@@ -298,7 +317,7 @@ CONTEXT, POOLED = np.zeros((40, 3, 5), np.float16), np.zeros((40, 2), np.float32
 )
 def test_bad_arrays_are_named(tmp_path, message, arrays):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        data.Latents(write_latents(tmp_path, **arrays))
+        read_latents(write_latents(tmp_path, **arrays))
 
 
 @pytest.mark.parametrize("cut", [-1, -2000, 60, 3, 0])
@@ -307,10 +326,10 @@ def test_a_truncated_or_padded_npy_is_refused(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[:cut])
     with pytest.raises(ValueError, match=r"latents.npy (is damaged|has \d+ bytes, not)"):
-        data.Latents(tmp_path)
+        read_latents(tmp_path)
     path.write_bytes(whole + b"\0\0")
     with pytest.raises(ValueError, match=f"has {len(whole) + 2} bytes, not {len(whole)}"):
-        data.Latents(tmp_path)
+        read_latents(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -323,13 +342,13 @@ def test_a_truncated_or_padded_npy_is_refused(tmp_path, cut):
 def test_a_bad_meta_is_named(tmp_path, text):
     (write_latents(tmp_path) / "meta.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"meta.json is not a JSON object like"):
-        data.Latents(tmp_path)
+        read_latents(tmp_path)
 
 
 def test_a_missing_meta_is_named(tmp_path):
     (write_latents(tmp_path) / "meta.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"meta\.json"):
-        data.Latents(tmp_path)
+        read_latents(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,12 +392,12 @@ def tree(tmp_path) -> Path:
 
 @pytest.fixture
 def encode(tree, vae):
-    return functools.partial(data.encode, tree, vae=vae, size=32, batch_size=3, device="cpu")
+    return functools.partial(data.encode, images=tree, vae=vae, size=32, batch_size=3, device="cpu")
 
 
 def test_encode_and_decode(tree, vae, tmp_path, encode):
-    encode(tmp_path / "latents")
-    latents = data.Latents(tmp_path / "latents")
+    encode(out=tmp_path / "latents")
+    latents = read_latents(tmp_path / "latents")
     assert latents.x0.shape == (10, 4, 16, 16)
     assert latents.cond[0].tolist() == [0] * 5 + [1] * 5 and latents.names == ["cat", "dog"]
     assert latents.meta == {"scaling": 1.5, "shift": 0.25, "vae": vae}
@@ -395,9 +414,9 @@ def test_encode_and_decode(tree, vae, tmp_path, encode):
     assert torch.allclose(torch.tensor(latents.x0[2]).float(), (z - 0.25) * 1.5, atol=2e-3)
     images = data.decode(torch.tensor(latents.x0[:]), latents.meta, "cpu")
     assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
-    assert np.abs(images[2].astype(int) - data.to_uint8(again)[0]).max() <= 1
+    assert np.abs(images[2].astype(int) - to_uint8(again)[0]).max() <= 1
     with pytest.raises(ValueError, match="holds latents already"):
-        encode(tmp_path / "latents")
+        encode(out=tmp_path / "latents")
 
 
 def test_an_image_is_cropped_in_the_middle(tmp_path):
@@ -411,7 +430,7 @@ def test_an_image_is_cropped_in_the_middle(tmp_path):
 @pytest.mark.parametrize("torn", [0, 5, -10_000])
 def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
     """Stopped in the third batch, the file torn inside a row (5) or inside the header (-10,000)."""
-    encode(tmp_path / "whole")
+    encode(out=tmp_path / "whole")
     load, calls = data.load_image, []
 
     def stop_late(path, size):
@@ -422,18 +441,18 @@ def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "load_image", stop_late)
-        encode(tmp_path / "stopped")
+        encode(out=tmp_path / "stopped")
     part = tmp_path / "stopped/latents.npy.part"
     raw = part.read_bytes()
     assert 6 * 2048 < len(raw) < 7 * 2048 and not (tmp_path / "stopped/latents.npy").exists()
     with pytest.raises(FileNotFoundError, match=r"latents.npy is missing"):
-        data.Latents(tmp_path / "stopped")
+        read_latents(tmp_path / "stopped")
     part.write_bytes(raw + b"\1" * torn if torn >= 0 else raw[:torn][:50])
     with pytest.raises(ValueError, match="of other images, --size or --vae"):
-        encode(tmp_path / "stopped", size=16)
+        encode(out=tmp_path / "stopped", size=16)
     calls.clear()
     monkeypatch.setattr(data, "load_image", lambda p, s: calls.append(p) or load(p, s))
-    encode(tmp_path / "stopped")
+    encode(out=tmp_path / "stopped")
     assert len(calls) == (4 if torn >= 0 else 10)
     for name in ("latents.npy", "labels.npy", "meta.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (
@@ -444,17 +463,17 @@ def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
 def test_bad_input_of_encode_and_decode(tree, vae, tmp_path, encode):
     out = tmp_path / "latents"
     with pytest.raises(ValueError, match="--size 33 is not a multiple of 2"):
-        encode(out, size=33)
+        encode(out=out, size=33)
     with pytest.raises(ValueError, match="must hold at least two images"):
-        data.encode(tree / "dog", out, vae, 32, 3, "cpu")
+        data.encode(images=tree / "dog", out=out, vae=vae, device="cpu")
     with pytest.raises(ValueError, match=r"the VAE .*tree cannot be loaded"):
-        encode(out, vae=str(tree))
+        encode(out=out, vae=str(tree))
     with pytest.raises(ValueError, match="cannot be loaded"):
-        encode(out, device="nodevice")
+        encode(out=out, device="nodevice")
     assert not out.exists()
     (tree / "dog/5.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"dog/5\.png is no readable image"):
-        encode(out)
+        encode(out=out)
     x0 = torch.zeros(1, 16, 4, 4)
     with pytest.raises(ValueError, match="takes 4 channels"):
         data.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": vae}, "cpu")
@@ -469,7 +488,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
             torch.zeros(1, 4, 4, 4), {"scaling": 1.0, "shift": 0.0, "vae": "a/missing"}, "cpu"
         )
     with pytest.raises(ValueError, match="needs the optional package diffusers: pip install"):
-        data.encode(tmp_path, tmp_path / "out", "a/missing", 32, 3, "cpu")
+        data.encode(images=tmp_path, out=tmp_path / "out", vae="a/missing", device="cpu")
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,9 @@ DENSITIES = [
     CosMap(),
 ]
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
-every_formulation = pytest.mark.parametrize("name", [*STUDY, "eps/ddpm", "v/ddpm"])
+# the 61, and every other name of the table that takes no arguments: a new one is tested at once
+NAMES = [*STUDY, *(name for name in rf._FORMULATIONS if "(" not in name and name not in STUDY)]
+every_formulation = pytest.mark.parametrize("name", NAMES)
 
 
 def mixture():
@@ -216,6 +218,41 @@ def test_losses_8_11_12_agree_per_sample(path):
     close(loss_11, loss_8, 1e-7), close(loss_12, loss_8, 1e-7)
 
 
+class At:
+    """A density that always draws this t."""
+
+    def __init__(self, t):
+        self.t = t
+
+    def sample(self, n, generator=None):
+        return torch.full((n,), self.t, dtype=F64)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_losses_8_and_12_are_loss_times_the_weight_that_makes_them_equal(t):
+    """One velocity field, written as each prediction on the cosine path, at one t: `loss` is (8)
+    for the path's own velocity; (12) = ((b/2) lambda')^2 loss for eps; (8) = pi^2/4 loss for v."""
+    path, x0 = Cosine(), torch.randn(50, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    own = lambda z, t: torch.tanh(z) - t[:, None]  # v_Theta
+
+    def as_eps(z, t):  # eps_Theta := -2/(lambda' b) (v_Theta - (a'/a) z)
+        a, b, da, _ = (c[:, None] for c in path.coefficients(t))
+        return -2 / (path.dlog_snr(t)[:, None] * b) * (own(z, t) - da / a * z)
+
+    as_v = lambda z, t: own(z, t) / (math.pi / 2)  # (a', b') = pi/2 (-b, a)
+    loss = lambda prediction, network: Formulation("", path, prediction, At(t)).loss(
+        network, x0, generator=torch.Generator().manual_seed(0)
+    )
+    at = torch.tensor(t, dtype=F64)
+    loss_8 = loss("velocity", own)
+    close((path.b(at) / 2 * path.dlog_snr(at)) ** 2 * loss("eps", as_eps), loss_8, 1e-7)
+    close(math.pi**2 / 4 * loss("v", as_v), loss_8, 1e-7)
+    eps = torch.randn(50, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    z = path.interpolate(x0, eps, at.expand(50))
+    u = path.conditional_velocity(z, eps, at.expand(50))
+    close((own(z, at.expand(50)) - u).square().mean(), loss_8, 1e-9)  # (8) by (5)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -236,7 +273,7 @@ def test_loss_is_L_w_with_the_one_line_weight(name):
     network = lambda z, t: torch.tanh(z + t[:, None])
     x0, eps = x0.expand(len(t), 2), eps.expand(len(t), 2)
     z, target = f.pair(x0, eps, t)
-    left = f.density.density(t) * (network(z, t) - target).square().mean(1)
+    left = f.timesteps.density(t) * (network(z, t) - target).square().mean(1)
     _, eps_hat = f.ends(network)(f.path.interpolate(x0, eps, t), t)
     right = -0.5 * f.weight(t) * f.path.dlog_snr(t) * (eps_hat - eps).square().mean(1)
     close(right, left, 1e-7)
@@ -365,9 +402,9 @@ def test_densities_at_the_ends():
 def test_the_study_has_61_names_that_mean_what_they_say():
     assert len(STUDY) == len(set(STUDY)) == 61
     assert all(formulation(name).name == name for name in STUDY)
-    assert formulation("rf/mode(1.29)").density.s == 1.29
+    assert formulation("rf/mode(1.29)").timesteps.s == 1.29
     f = formulation("rf/lognorm(-0.50,2.20)")
-    assert (f.density.m, f.density.s, type(f.path)) == (-0.5, 2.2, rf.RectifiedFlow)
+    assert (f.timesteps.m, f.timesteps.s, type(f.path)) == (-0.5, 2.2, rf.RectifiedFlow)
     assert (
         formulation("edm(-1.20,0.60)").path.P_m == -1.2
         and formulation("edm(-1.20,0.60)").path.P_s == 0.6

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import assert_one_line, in_process
 
 import sample
 from rf import solve
-from toy2d import Image
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def sampler(finished):
 
 
 def test_load_gives_the_ema_weights(finished, sampler):
-    checkpoint = sample.read_checkpoint(finished[0] / "checkpoint.pt")
+    checkpoint = sample.read(finished[0] / "checkpoint.pt")
     assert all(v.equal(checkpoint["ema"][k]) for k, v in sampler.network.state_dict().items())
     assert sampler.step == 450 and sampler.config["formulation"] == "rf"
 
@@ -56,7 +56,7 @@ def test_command_writes_png_and_npz(finished, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--solver", "rk5"], "'rk5'; choose from euler, heun, rk4"),
+        (["--solver", "rk5"], "invalid choice: 'rk5'"),
         (["--label", "8"], "--label 8 is out of range; choose from 0 to 7"),
         (["--label", "-1"], "--label -1 is out of range"),
         (["--steps", "0"], "at least 1"),
@@ -73,3 +73,35 @@ def test_bad_input(finished, tmp_path, monkeypatch, capsys, flags, says):
     )
     assert_one_line(done, says)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_at_own_times(sampler):
+    """`times` replaces the grid, and `steps` need not be said twice."""
+    noise, label = torch.randn(6, 2), torch.arange(6)
+    times = [1.0, 0.6, 0.3, 0.0]
+    got = sampler.sample(noise, label, times=times)
+    torch.testing.assert_close(got, solve(sampler.velocity, noise, label, times=times))
+    uniform = [1.0, 0.75, 0.5, 0.25, 0.0]
+    torch.testing.assert_close(
+        sampler.sample(noise, label, times=uniform), sampler.sample(noise, label, steps=4)
+    )
+    for method in ("heun", "rk4"):
+        x0 = sampler.sample(noise, label, times=times, method=method)
+        direct = solve(sampler.velocity, noise, label, times=times, method=method)
+        torch.testing.assert_close(x0, direct)
+    with pytest.raises(ValueError, match="3 steps need 4 times, got 5"):
+        sampler.sample(noise, label, steps=3, times=uniform)
+
+
+def test_guidance_needs_conditions(tmp_path):
+    from rf import formulation
+    from toy2d import MLP
+
+    unconditional = sample.Sampler(MLP(), formulation("rf"), {})
+    with pytest.raises(ValueError, match="cfg 2 is not for this model"):
+        unconditional.sample(torch.randn(3, 2), steps=2, cfg=2.0)
+    conditional = sample.Sampler(MLP(3), formulation("rf"), {})
+    with pytest.raises(ValueError, match="cfg nan is not for this model"):
+        conditional.sample(torch.randn(3, 2), torch.arange(3), steps=2, cfg=float("nan"))
+    with pytest.raises(ValueError, match=r"cfg 2 needs conditions .*: 0 given, 1 null ones"):
+        conditional.sample(torch.randn(3, 2), steps=2, cfg=2.0)

@@ -162,12 +162,12 @@ def test_relative_excess_is_7_over_the_power_of_u():
     )
 
 
-def test_sample_figures_of_known_samples():
+def test_sample_metrics_of_known_samples():
     m = GaussianMixture([[0, 0], [10, 0]], [[[1, 0], [0, 4]]] * 2, [1, 3])
     x = torch.tensor([[0, 0], [3.9, 0], [4.1, 0], [0, 7.9], [0, 8.1], [10, 0], [10, 0], [10, 0]])
-    figures = toy2d.sample_figures(x, x + 0.01, m)
-    assert figures["outliers"] == pytest.approx(2 / 8)  # (4.1, 0) and (0, 8.1)
-    assert figures["total_variation"] == pytest.approx(0.75 - 3 / 8)
+    metrics = toy2d.sample_metrics(x, x + 0.01, m)
+    assert metrics["outliers"] == pytest.approx(2 / 8)  # (4.1, 0) and (0, 8.1)
+    assert metrics["total_variation"] == pytest.approx(0.75 - 3 / 8)
 
 
 def test_yardsticks_of_the_exact_field_are_zero():
@@ -191,14 +191,8 @@ def test_points_and_lines_are_mixtures_too():
     assert (eps == 0).all() and mixture.log_density(z, t, RectifiedFlow()).isfinite().all()
     x = solve(mixture.field(RectifiedFlow()), torch.randn(200, 2), steps=100, method="heun")
     assert x[:, 1].abs().max() < 0.05
-    figures = toy2d.sample_figures(x, mixture.sample(200)[0], mixture)
-    assert all(math.isfinite(value) for value in figures.values())
-
-
-def test_a_mixture_of_far_modes_is_drawn():
-    """Between them its density is 0 in float64."""
-    far = GaussianMixture([[1000, 0], [-1000, 0]], torch.eye(2).expand(2, 2, 2) / 4, [1, 1])
-    toy2d.draw_field(far.field(RectifiedFlow()), far)
+    metrics = toy2d.sample_metrics(x, mixture.sample(200)[0], mixture)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_mlp_conditions_on_labels():
@@ -239,17 +233,3 @@ def test_mixture_names_and_files(tmp_path):
     file = tmp_path / "m.json"
     file.write_text(json.dumps(mixture().spec()))
     close(load_mixture(str(file)).covs, mixture().covs)
-
-
-def test_pictures_are_drawn(tmp_path):
-    m = load_mixture("spiral")
-    field = m.field(RectifiedFlow())
-    assert toy2d.draw_flow(field, m).size == toy2d.draw_field(field, m).size
-    toy2d.save_gif(tmp_path / "flow.gif", field, m, frames=3)
-    with toy2d.Image.open(tmp_path / "flow.gif") as gif:
-        assert gif.n_frames == 4
-    picture = toy2d.draw_samples(m.sample(100)[0], m)
-    canvas = toy2d.Canvas(m)
-    u, v = canvas.pixels(torch.tensor([[0.0, canvas.extent]]))[0]
-    assert (u, v) == (canvas.size / 2, 0)  # up is up
-    assert len(picture.getcolors(1 << 20)) > 50

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +21,15 @@ import torch
 from test_rf import every_formulation
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import sample
+import toy2d
 import train
+from data import DATA, NOISE, Dataset, Latents, seeded
+from options import Recipe
+from perflow import PeRFlow
 from rf import formulation
-from sample import read_checkpoint
-from toy2d import MLP, load_mixture
+from toy2d import MLP, Toy, load_mixture
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--steps", "450", "--batch-size", "32"]
@@ -34,17 +39,19 @@ def command(*args, script="train.py"):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
-FAST = "import train as t; t.report = lambda *args: 0; t.PRESETS['toy2d'].update(%s); t.main()"
+FAST = """
+import sys; sys.path.insert(0, {root!r})
+import toy2d, train
+recipe = toy2d.Toy.recipe
+toy2d.Toy.recipe = staticmethod(lambda options: recipe(options) | dict({changes}))
+toy2d.Toy.report = lambda *args: 0
+train.main()
+"""
 
 
 def fast_command(*args, changes=""):
-    """The same, changed in a preset and without the table and the pictures at the end."""
-    return [
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); {FAST % changes}",
-        *map(str, args),
-    ]
+    """The same, changed in its recipe and without the table and the pictures at the end."""
+    return [sys.executable, "-c", FAST.format(root=str(ROOT), changes=changes), *map(str, args)]
 
 
 def run(*args, script="train.py", **kwargs):
@@ -70,13 +77,18 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def small_config(**changes):
-    config = (
-        train.DEFAULTS
-        | train.PRESETS["toy2d"]
-        | {"dataset": "toy2d", "batch_size": 32, "steps": 300}
-    )
-    return config | {"mixture": load_mixture("ring").spec()} | changes
+def toy(**options):
+    return Toy(Toy.Options(**options))
+
+
+def small_recipe(**changes):
+    return Recipe(**Toy.recipe(Toy.Options()) | dict(batch_size=32, steps=300) | changes)
+
+
+def stream(recipe, start=0, rank=0, world=1, data=None):
+    data = data or toy()
+    network, objective = data.network(data.spec(), recipe), formulation(recipe.formulation)
+    return train.batches(data, objective, recipe, network.null_cond, start, rank, world)
 
 
 def test_a_run_leaves_everything(finished):
@@ -88,22 +100,18 @@ def test_a_run_leaves_everything(finished):
         "field.png",
         "flow.gif",
     }
-    for figure in (
-        "relative excess",
-        "energy distance",
-        "total variation",
-        "4 sigma",
-        "next: python sample.py",
-    ):
-        assert figure in done.stdout
+    for metric in ("relative excess", "energy distance", "total variation", "4 sigma"):
+        assert metric in done.stdout
+    assert "next: python sample.py" in done.stdout
     assert "loss=" in done.stderr and "excess=" in done.stderr  # the progress bar
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [100, 200, 300, 400, 450]
     assert {"loss", "lr", "val_loss", "excess"} <= lines[-1].keys() and lines[-1]["loss"] < lines[
         0
     ]["loss"]
-    checkpoint = read_checkpoint(out / "checkpoint.pt")
-    assert checkpoint.keys() == sample.CHECKPOINT_KEYS and checkpoint["step"] == 450
+    checkpoint = sample.read(out / "checkpoint.pt")
+    assert checkpoint.keys() == {"config", "step", "network", "ema", "optimizer"}
+    assert checkpoint["step"] == 450
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -120,16 +128,16 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, o
     process.send_signal(number)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and f"--resume --out {out}" in stdout
-    step = read_checkpoint(out / "checkpoint.pt")["step"]
+    step = sample.read(out / "checkpoint.pt")["step"]
     assert 0 < step <= 450 and f"saved step {step}" in stdout
     with (out / "log.jsonl").open(
         "a"
     ) as log:  # what a kill might leave behind: a later and a half line
         log.write('{"step": 9000, "loss": 1}\n{"ste')
-    monkeypatch.setattr(train, "report", lambda *args: 0)
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(out)])
     train.main()
-    assert same(read_checkpoint(out / "checkpoint.pt"), read_checkpoint(whole / "checkpoint.pt"))
+    assert same(sample.read(out / "checkpoint.pt"), sample.read(whole / "checkpoint.pt"))
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
@@ -140,22 +148,20 @@ def kill_and_resume(tmp_path, kills):
     out, rng = tmp_path / "killed", random.Random(0)
     for kill in range(kills):
         args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
-        before = read_checkpoint(out / "checkpoint.pt")["step"] if kill else 0
+        before = sample.read(out / "checkpoint.pt")["step"] if kill else 0
         process = subprocess.Popen(fast_command(*args, changes=often), stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
-            (out / "checkpoint.pt").exists()
-            and read_checkpoint(out / "checkpoint.pt")["step"] > before
+            (out / "checkpoint.pt").exists() and sample.read(out / "checkpoint.pt")["step"] > before
         ):
             time.sleep(0.005)
         time.sleep(rng.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert read_checkpoint(out / "checkpoint.pt")["step"] > before
+        assert sample.read(out / "checkpoint.pt")["step"] > before
     last = ["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]
     run_together(*(fast_command(*args, changes=often) for args in last))
     assert same(
-        read_checkpoint(out / "checkpoint.pt"),
-        read_checkpoint(tmp_path / "whole" / "checkpoint.pt"),
+        sample.read(out / "checkpoint.pt"), sample.read(tmp_path / "whole" / "checkpoint.pt")
     )
     assert (out / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
     assert not (out / "checkpoint.tmp").exists()
@@ -172,7 +178,7 @@ def test_kill_9_loses_nothing_20_times(tmp_path):
 
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    train.save(path, {"step": 1})
+    sample.save(path, {"step": 1})
 
     def full_disk(checkpoint, file):
         file.write(b"half")
@@ -180,7 +186,7 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        train.save(path, {"step": 2})
+        sample.save(path, {"step": 2})
     assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -200,7 +206,7 @@ def test_a_disk_that_fills_up_in_the_report_is_one_line(finished, monkeypatch, c
     def full_disk(*args):
         raise OSError(28, "No space left on device", "flow.png")
 
-    monkeypatch.setattr(train, "report", full_disk)
+    monkeypatch.setattr(Toy, "report", full_disk)
     args = ["--resume", "--out", finished[0]]  # which is done but for its report
     done = in_process(train.main, args, finished[0], monkeypatch, capsys)
     assert done.returncode == 2 and done.stderr.endswith("No space left on device: 'flow.png'\n")
@@ -209,48 +215,54 @@ def test_a_disk_that_fills_up_in_the_report_is_one_line(finished, monkeypatch, c
 # ---- the pieces
 
 
-CPU = torch.device("cpu")
-
-
-def stream(config, start, micro=0, micros=1):
-    objective, null_cond = formulation(config["formulation"]), sample.build(config).null_cond
-    source = train.make_source(config, load_mixture("ring"), CPU, micro, micros)
-    return train.examples(config, objective, source, null_cond, start, micro, CPU)
-
-
 def test_examples_are_a_function_of_seed_and_step():
-    config = small_config(conditional=True)
-    whole = stream(config, 0)
+    data, recipe = toy(conditional=True), small_recipe()
+    whole = stream(recipe, data=data)
     batches = [next(whole) for _ in range(60)]
     for start in (1, 25, 37):
-        later = stream(config, start)
+        later = stream(recipe, start, data=data)
         assert all(same(next(later), batches[i]) for i in range(start, 60))
-    assert not same(batches[0], batches[1]) and not same(
-        next(stream(small_config(seed=1, conditional=True), 0)), batches[0]
-    )
-    assert [len(x) for x in batches[0]] == [32] * 4
+    other = next(stream(small_recipe(seed=1), data=data))
+    assert not same(batches[0], batches[1]) and not same(other, batches[0])
+    (rows,) = batches[0]  # one micro-batch
+    assert [len(x) for x in rows] == [32] * 4
 
 
-def test_labels_are_dropped_at_their_rate():
-    labels = torch.zeros(50_000).long()
-    (dropped,) = train.drop([labels], (torch.tensor(8),), [0.1], torch.Generator())
-    assert abs((dropped == 8).double().mean().item() - 0.1) < 5 * (0.09 / 50_000) ** 0.5
-    assert set(dropped.unique().tolist()) == {0, 8}
+def test_micro_batches_are_those_of_the_ranks():
+    """Two ranks see what one that accumulates twice sees, each of them once."""
+    one = next(stream(small_recipe(accumulate=2)))
+    ranks = [next(stream(small_recipe(), rank=rank, world=2)) for rank in (0, 1)]
+    assert len(one) == 2 and same(list(one), [rows for (rows,) in ranks])
+    assert not same(one[0], one[1]) and len(one[0][0]) == 16
+
+
+@pytest.mark.parametrize("conditions", [1, 2, 3])
+def test_a_tenth_of_the_examples_loses_all_conditions(conditions):
+    """Each of n is dropped by itself at 0.1^(1/n): 0.1 of labels, 0.464 of SD3's three encoders."""
+    n, nulls = 50_000, [torch.tensor(8)] * conditions
+    labels = [torch.zeros(n).long()] * conditions
+    dropped = torch.stack(train.drop(labels, nulls, 0.1, torch.Generator())) == 8
+    rate = 0.1 ** (1 / conditions)
+    for share, expected in (
+        (dropped.double().mean(1), rate),
+        (dropped.all(0).double().mean(), 0.1),
+    ):
+        assert (share - expected).abs().max() < 5 * (expected * (1 - expected) / n) ** 0.5
     text, null = torch.ones(100, 3, 2, dtype=torch.float16), torch.zeros(3, 2)
-    (dropped,) = train.drop([text], [null], [0.5], torch.Generator())
-    assert dropped.dtype == torch.float32 and dropped.unique().tolist() == [0, 1]
+    (kept,) = train.drop([text], [null], 0.5, torch.Generator())
+    assert kept.dtype == torch.float32 and kept.unique().tolist() == [0, 1]
 
 
 def test_seeds_do_not_collide():
     numbers = itertools.product(range(10), range(10), range(5), range(4))
-    assert len({train.seeded(*n).initial_seed() for n in numbers}) == 2000
+    assert len({seeded(*n).initial_seed() for n in numbers}) == 2000
 
 
 def test_noise_is_independent_of_the_data():
     """Within the modes too: data x0 = mu + L xi and eps drawn from one state had eps = xi."""
-    mixture, config = load_mixture("ring"), small_config(conditional=True, batch_size=4096)
-    batches = itertools.islice(stream(config, 0), 25)
-    z, t, v, label = (torch.cat(rows) for rows in zip(*batches, strict=True))
+    mixture, data = load_mixture("ring"), toy(conditional=True)
+    batches = itertools.islice(stream(small_recipe(batch_size=4096), data=data), 25)
+    z, t, v, label = (torch.cat(x) for x in zip(*(rows for (rows,) in batches), strict=True))
     x0, eps = z - t[:, None] * v, z + (1 - t[:, None]) * v  # rf: z = (1 - t) x0 + t eps
     kept = label < 8
     xi = (x0 - mixture.means.float()[label.clamp(max=7)])[kept]
@@ -262,66 +274,65 @@ def test_noise_is_independent_of_the_data():
 
 
 def test_learning_rate_warms_up_and_decays():
-    config = small_config(steps=1000, warmup=100, lr=2.0)
-    assert train.learning_rate(config, 0) == pytest.approx(0.02) and train.learning_rate(
-        config, 500
-    ) == pytest.approx(1)
-    assert train.learning_rate(config, 999) < 1e-5
-    assert train.learning_rate({**config, "decay": False}, 999) == 2
+    recipe = small_recipe(steps=1000, warmup=100, lr=2.0)
+    rate = lambda step, **changes: train.learning_rate(replace(recipe, **changes), step)
+    assert rate(0) == pytest.approx(0.02) and rate(500) == pytest.approx(1)
+    assert rate(999) < 1e-5 and rate(999, decay=False) == 2
+    assert rate(0, warmup=1000) == pytest.approx(0.02)  # at most a tenth of the run is warm-up
 
 
-def test_update_is_adam_on_8_with_ema():
-    """Against a plain autograd + non-fused Adam step, and the EMA's recursion."""
-    config = small_config(ema=[0.9, 2], warmup=1, decay=False, lr=1e-2)
+def test_the_loop_is_adam_on_8_with_ema():
+    """Against a plain autograd + non-fused Adam step, and the average's recursion."""
+    recipe = small_recipe(steps=4, ema_decay=0.9, ema_every=2, warmup=1, decay=False, lr=1e-2)
     torch.manual_seed(0)
     network, plain = MLP(), MLP()
     plain.load_state_dict(network.state_dict())
-    ema = [p.detach().clone() for p in network.parameters()]
-    expected = [e.clone() for e in ema]
-    optimizer = train.make_optimizer(network, config)
+    state = train.State(network, recipe)
+    expected = [p.detach().clone() for p in plain.parameters()]
     reference = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.9, 0.99))
-    batches = stream(config, 0)
-    for step in range(4):
-        z, t, target = next(batches)
-        loss = train.update(network, network, ema, optimizer, config, step, [(z, t, target)])
+    train.train(state, formulation("rf"), stream(recipe), recipe)
+    for step, ((z, t, target),) in zip(range(4), stream(recipe), strict=False):
         reference.zero_grad()
-        direct = ((plain(z, t) - target) ** 2).mean()
-        direct.backward()
+        ((plain(z, t) - target) ** 2).mean().backward()
         reference.step()
-        assert loss.item() == pytest.approx(direct.item(), rel=1e-5)
         if step % 2:
             n = (step + 1) // 2
             decay = min(0.9, (1 + n) / (10 + n))
-            expected = [
-                decay * e + (1 - decay) * p.detach()
-                for e, p in zip(expected, plain.parameters(), strict=True)
-            ]
-    for ours, theirs in zip(
-        [*network.parameters(), *ema], [*plain.parameters(), *expected], strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            pairs = zip(expected, plain.parameters(), strict=True)
+            expected = [decay * e + (1 - decay) * p.detach() for e, p in pairs]
+    ours = [*network.parameters(), *state.average.parameters()]
+    for own, other in zip(ours, [*plain.parameters(), *expected], strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    assert state.step == 4
+
+
+def test_accumulating_is_one_large_batch():
+    """The loss of a step is the mean over its micro-batches, and so is the gradient."""
+    states = []
+    for accumulate in (1, 2):
+        recipe = small_recipe(steps=3, accumulate=accumulate, warmup=1)
+        torch.manual_seed(0)
+        states.append(train.State(MLP(), recipe))
+        if accumulate == 1:  # the same rows in one micro-batch
+            halves = stream(small_recipe(steps=3, accumulate=2, warmup=1))
+            rows = ([tuple(map(torch.cat, zip(*two, strict=True)))] for two in halves)
+        else:
+            rows = stream(recipe)
+        train.train(states[-1], formulation("rf"), rows, recipe)
+    for one, two in zip(*(s.network.parameters() for s in states), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 @every_formulation
 def test_every_formulation_trains_200_steps(name):
-    config = small_config(formulation=name, steps=200, warmup=20, batch_size=64)
+    recipe = small_recipe(formulation=name, steps=200, warmup=20, batch_size=64)
     torch.manual_seed(0)
-    network, objective = MLP(), formulation(name)
-    before = copy.deepcopy(network)
-    ema, optimizer = (
-        [p.detach().clone() for p in network.parameters()],
-        train.make_optimizer(network, config),
-    )
-    batches = stream(config, 0)
-    for step in range(200):
-        assert train.update(
-            network, network, ema, optimizer, config, step, [next(batches)]
-        ).isfinite()
-    x0 = load_mixture("ring").sample(4096, train.seeded(0, 0, 0, train.DATA))[0]
-    loss = lambda network: objective.loss(
-        network, x0, generator=train.seeded(0, 0, 0, train.NOISE)
-    ).item()
-    assert loss(network) < loss(before)  # on the same t and noise
+    state, objective = train.State(MLP(), recipe), formulation(name)
+    before = copy.deepcopy(state.network)
+    train.train(state, objective, stream(recipe), recipe)
+    x0 = load_mixture("ring").sample(4096, seeded(0, 0, 0, DATA))[0]
+    loss = lambda network: objective.loss(network, x0, generator=seeded(0, 0, 0, NOISE)).item()
+    assert loss(state.network) < loss(before)  # on the same t and noise; nan is not less
 
 
 def test_validation_loss_is_at_the_8_midpoints():
@@ -347,7 +358,8 @@ def latents(tmp_path_factory):
 
 
 TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
-IMAGE_CHANGES = "log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10, ema=[0.9, 1]"
+IMAGE_CHANGES = "log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10, "
+IMAGE_CHANGES += "ema_decay=0.9, ema_every=1"
 
 
 def latents_command(folder, out, *flags, ranks=0):
@@ -355,9 +367,11 @@ def latents_command(folder, out, *flags, ranks=0):
     script = out.parent / "latents_train.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import functools, torch, train\ntorch.set_num_threads(1)\ntrain.report = lambda *a: None\n"
+        "import functools, torch, data, train\ntorch.set_num_threads(1)\n"
         "torch.compile = functools.partial(torch.compile, backend='eager')\n"  # no C++ compiler
-        f"train.PRESETS['latents'].update({IMAGE_CHANGES})\ntrain.main()\n"
+        "recipe, data.Dataset.report = data.Latents.recipe, lambda *a: None\n"
+        f"data.Latents.recipe = staticmethod(lambda o: recipe(o) | dict({IMAGE_CHANGES}))\n"
+        "train.main()\n"
     )
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * bool(
         ranks
@@ -372,7 +386,7 @@ def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
         latents_command(latents, tmp_path / "r0", "--steps", "12", "--accumulate", "2"),
         latents_command(latents, tmp_path / "r2", "--steps", "12", "--compile", ranks=2),
     )
-    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
+    one, two = (sample.read(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
     for part in ("network", "ema"):
         assert one[part].keys() == two[part].keys() and "mmdit.pos_embed" in one[part]
         for key in one[part]:
@@ -392,10 +406,10 @@ def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
-    step = read_checkpoint(out / "checkpoint.pt")["step"]
+    step = sample.read(out / "checkpoint.pt")["step"]
     command = latents_command(latents, out, "--steps", str(step + 10), "--resume", ranks=2)
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert read_checkpoint(out / "checkpoint.pt")["step"] == step + 10
+    assert sample.read(out / "checkpoint.pt")["step"] == step + 10
 
 
 def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch):
@@ -428,7 +442,7 @@ def test_toy_on_mmdit(tmp_path, monkeypatch, own_process):
     out = tmp_path / "run"
     flags = f"--network mmdit --depth 1 --steps 20 --batch-size 16 --out {out}"
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-    monkeypatch.setattr(train, "report", lambda *args: None)
+    monkeypatch.setattr(Toy, "report", lambda *args: None)
     train.main()
     assert sample.load(out / "checkpoint.pt").sample(torch.randn(5, 2), steps=2).shape == (5, 2)
 
@@ -443,11 +457,12 @@ def test_perflow_students_train_sample_and_plug(
     tmp_path, monkeypatch, capsys, own_process, name, flags
 ):
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    figures = dict(energy=0.1, energy_error=0, outliers=0)
-    reference = train.toy2d.reference
-    monkeypatch.setattr(train.toy2d, "reference", lambda m, seed, n, c: reference(m, seed, 2000, c))
-    monkeypatch.setattr(train.toy2d, "yardsticks", lambda *args: figures)  # both take seconds
-    monkeypatch.setattr(train, "report", lambda *args: None)
+    metrics = dict(energy=0.1, energy_error=0, outliers=0, total_variation=0)
+    metrics |= {f"exact_{key}": value for key, value in metrics.items()}
+    reference = toy2d.reference
+    monkeypatch.setattr(toy2d, "reference", lambda m, seed, n, c: reference(m, seed, 2000, c))
+    monkeypatch.setattr(toy2d, "yardsticks", lambda *args: metrics)  # both take seconds
+    monkeypatch.setattr(Toy, "_draw_flow", lambda *args: None)
     common = ["--steps", 30, "--batch-size", 16]
     for args in (
         ["--formulation", name, "--conditional", "--out", teacher, *common],
@@ -462,11 +477,11 @@ def test_perflow_students_train_sample_and_plug(
     with pytest.raises(ValueError, match="3 steps are too few for 4 windows"):
         sampler.sample(noise, label, steps=3)
     if "fixed" in flags:
-        with pytest.raises(ValueError, match="guidance is fixed: cfg 2"):
+        with pytest.raises(ValueError, match=r"cfg 2 is not for this model.* guidance is fixed"):
             sampler.sample(noise, label, steps=4, cfg=2.0)
     with pytest.raises(ValueError, match="takes euler steps"):
         sampler.sample(noise, label, steps=4, method="heun")
-    average = read_checkpoint(student / "checkpoint.pt")["ema"]
+    average = sample.read(student / "checkpoint.pt")["ema"]
     plugged = sample.plugged(sample.load(teacher / "checkpoint.pt"), student / "delta.pt")
     for key, value in plugged.network.state_dict().items():
         torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-6)
@@ -482,13 +497,15 @@ def test_students_of_images_meet_their_teacher_from_the_same_noise(
     latents, tmp_path, monkeypatch, own_process
 ):
     """Grids with a row for each number of evaluations, from the student's K = 2 on."""
-    changes = dict(warmup=1, log_every=5, save_every=5, validation=20, ema=[0.9, 1])
-    for presets in (train.PRESETS, train.PERFLOW_PRESETS):
-        monkeypatch.setitem(presets, "latents", presets["latents"] | changes)
+    changes = dict(warmup=1, log_every=5, save_every=5, validation=20, ema_decay=0.9, ema_every=1)
+    recipe = Latents.recipe
+    monkeypatch.setattr(Latents, "recipe", staticmethod(lambda o: recipe(o) | changes))
+    monkeypatch.setattr(Latents, "distil", Latents.distil | changes)
     grids = {}
-    monkeypatch.setattr(train, "save_images", lambda c, x0, out, *how: grids.update({out.name: x0}))
+    record = lambda spec, file, x0, *cond, **how: grids.update({file.stem: x0})
+    monkeypatch.setattr(Dataset, "write", staticmethod(record))
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    few = ["--windows", 2, "--solver-steps", 2, "--batch-size", 16, "--steps", 5]
+    few = ["--windows", 2, "--evaluations", 2, "--batch-size", 16, "--steps", 5]
     for args in (
         ["--dataset", "latents", "--data", latents, "--out", teacher, *TINY, "--steps", 5],
         ["--perflow", teacher / "checkpoint.pt", "--data", latents, "--out", student, *few],
@@ -497,7 +514,7 @@ def test_students_of_images_meet_their_teacher_from_the_same_noise(
         train.main()
     assert len(grids["teacher"]) == 7 * 8 and len(grids["student"]) == 6 * 8
     noise = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    labels = sample.data.Latents(latents).validation(8)[1]
+    labels = Latents(Latents.Options(str(latents))).held_out(8)[1]
     for name, folder, first, steps in (("teacher", teacher, 8, 2), ("student", student, 0, 2)):
         sampler = sample.load(folder / "checkpoint.pt")
         x0 = sampler.sample(noise, labels, steps=steps, cfg=2.0)
@@ -508,22 +525,24 @@ def test_students_of_images_meet_their_teacher_from_the_same_noise(
 def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
     teacher = finished[0] / "checkpoint.pt"
     bad = torch.load(teacher)
-    bad["config"]["perflow"] = "x"
-    bad["config"] |= train.PERFLOW
+    bad["config"] |= {"objective": "perflow", **asdict(PeRFlow.Options())}
     torch.save(bad, tmp_path / "student.pt")
     folder = tmp_path / "empty"
     folder.mkdir()
     for args, says in (
-        (["--perflow", teacher, "--mixture", "grid"], "--mixture grid is not the teacher's"),
-        (["--perflow", teacher, "--dataset", "cifar10"], "--dataset cifar10 is not the teacher's"),
+        (["--perflow", teacher, "--mixture", "grid"], "--mixture grid differs from its teacher"),
+        (
+            ["--perflow", teacher, "--dataset", "cifar10"],
+            "--dataset cifar10 differs from its teacher",
+        ),
         (["--perflow", teacher, "--parameterization", "epsilon"], "predicts no eps"),
         (["--perflow", teacher, "--guidance", "fixed"], "do not go together"),
-        (["--perflow", tmp_path / "student.pt"], "is itself a PeRFlow student"),
+        (["--perflow", tmp_path / "student.pt"], "is itself a student"),
         (["--perflow", "none.pt"], "No such file"),
         (["--perflow", teacher, "--batch-size", "6"], "--batch-size 6 is no multiple of 4"),
         (["--resume", "--out", finished[0], "--steps", "5"], "is at step 450 already"),
-        (["--windows", "4"], "--windows needs --perflow"),
-        (["--perflow", teacher, "--resume", "--out", finished[0]], "is no PeRFlow student"),
+        (["--windows", "4"], "--windows 4 needs --perflow TEACHER"),
+        (["--perflow", teacher, "--resume", "--out", finished[0]], "is no perflow student"),
         (["--perflow", teacher, "--windows", "0"], "at least 1"),
     ):
         assert_one_line(in_process(train.main, args, folder, monkeypatch, capsys), says)
@@ -543,7 +562,7 @@ def write_damaged(folder: Path, whole: Path) -> dict[str, Path]:
 
     files = {
         name: folder / f"{name}.pt"
-        for name in ("truncated", "text", "empty", "bomb", "list", "other", "config")
+        for name in ("truncated", "text", "empty", "bomb", "list", "other", "config", "old")
     }
     files["truncated"].write_bytes(whole.read_bytes()[:-2000])
     files["text"].write_text("hello")
@@ -553,6 +572,10 @@ def write_damaged(folder: Path, whole: Path) -> dict[str, Path]:
     checkpoint = torch.load(whole)
     torch.save({**checkpoint, "ema": {"weight": torch.zeros(1)}}, files["other"])
     torch.save({**checkpoint, "config": {}}, files["config"])
+    old = {k: v for k, v in checkpoint["config"].items() if k not in ("objective", "beta2")}
+    torch.save(
+        {**checkpoint, "config": old | {"perflow": None, "betas": [0.9, 0.99]}}, files["old"]
+    )
     return files
 
 
@@ -580,9 +603,9 @@ BAD_TRAIN = [
     (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
     (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
     (["--no-such-flag"], ["--no-such-flag"]),
-    (["--data", "cifar"], ["--data is for cifar10 and latents"]),
+    (["--data", "cifar"], ["--data cifar needs --dataset cifar10 or --dataset latents"]),
     (["--download"], ["--download needs --dataset cifar10"]),
-    (["--download", "--dataset", "cifar10"], ["--download needs --dataset cifar10, --data"]),
+    (["--download", "--dataset", "cifar10"], ["--dataset cifar10 needs --data DIR"]),
 ]
 
 
@@ -602,7 +625,7 @@ def test_bad_input_to_train(args, says, tmp_path, monkeypatch, capsys):
 
 
 def test_download_comes_before_the_data_are_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "download", lambda folder: print("fetched into", folder))
+    monkeypatch.setattr(data, "download", lambda folder: print("fetched into", folder))
     args = ["--dataset", "cifar10", "--data", "here", "--download"]
     done = in_process(train.main, args, tmp_path, monkeypatch, capsys)
     assert_one_line(done, "no cifar-10-binary.tar.gz")
@@ -628,6 +651,7 @@ def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, ca
 
 def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
     says = {"other": "another network", "config": "lacks", "list": "no checkpoint of this project"}
+    says["old"] = "is of an older version of this project"
     for name, file in write_damaged(tmp_path, finished[0] / "checkpoint.pt").items():
         done = in_process(sample.main, [file], tmp_path, monkeypatch, capsys)
         assert_one_line(done, file.name, says.get(name, "damaged or no checkpoint"))
@@ -637,10 +661,12 @@ def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, capsys, own_process
 ):
-    update = train.update
-    poison = lambda *args: update(*args) * (float("nan") if args[5] == 137 else 1)
-    monkeypatch.setattr(train, "update", poison)
-    monkeypatch.setitem(train.PRESETS["toy2d"], "save_every", 100)
+    plain = train.squared_error
+    calls = itertools.count()
+    poison = lambda *args: plain(*args) * (float("nan") if next(calls) == 137 else 1)
+    monkeypatch.setattr(train, "squared_error", poison)
+    recipe = Toy.recipe
+    monkeypatch.setattr(Toy, "recipe", staticmethod(lambda o: recipe(o) | {"save_every": 100}))
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # a second at each look
     monkeypatch.setattr(train, "time", clock)
     done = in_process(
@@ -649,12 +675,12 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
     said = str(done.returncode)
     assert "samples/s=3.20k" in done.stderr  # 100 steps of 32 between two looks
     assert "the loss of step 138 is not finite" in said and "step 100 is kept" in said
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 100
+    assert sample.read(tmp_path / "run" / "checkpoint.pt")["step"] == 100
 
 
 def test_numbered_default_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = lambda *args: train.configure(train.make_parser().parse_args(args))[1]
+    out = lambda: train.configure({})[1]
     assert out() == Path("runs/toy2d")
     Path("runs/toy2d").mkdir(parents=True)
     (Path("runs/toy2d") / "checkpoint.pt").touch()
@@ -664,12 +690,13 @@ def test_numbered_default_folders(tmp_path, monkeypatch):
 def test_training_flops_are_counted_in_the_loop():
     """Against PyTorch's own counter, forward and backward, to a tenth (it skips the rest)."""
     spec = {"shape": [4, 8, 8], "classes": 3, "names": None, "context": None, "pooled": None}
-    config = train.DEFAULTS | train.PRESETS["latents"] | {"dataset": "latents", "spec": spec}
-    network = sample.build(config | {"depth": 2})
+    network = Dataset.network(spec, Recipe(depth=2))
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.02)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as counter:
         network(x, t, labels).square().mean().backward()
     counted = counter.get_total_flops() / 2
-    assert train.training_flops(config, network.mmdit) == pytest.approx(counted, rel=0.1)
+    assert train.training_flops(network, x, labels) == pytest.approx(counted, rel=0.1)
+    one = torch.nn.Linear(5, 7)  # and by hand: two FLOPs a weight and token, thrice for a step
+    assert train.training_flops(lambda x, t: one(x), torch.randn(4, 3, 5)) == 3 * 2 * 3 * 5 * 7

@@ -1,0 +1,113 @@
+"""How fast the code is: the toy's step against a bare loop, MM-DiT's against a large matmul.
+
+    python -m studies.bench --depth 12 --precision bf16 --compile --batch-size 64
+
+The toy's loops take turns, so that a busy moment hits all; the table has medians of the rounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from torch.utils.benchmark import Timer
+
+import toy2d
+from mmdit import MMDiT
+from options import Count, Recipe, command
+from rf import formulation
+from sample import autocast, check_device
+from train import State, batches, train, training_flops
+
+
+def bare_loop(mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool) -> Iterator:
+    """What one would write for rf alone: no EMA, schedule or log; `block` batches drawn at once."""
+    network = toy2d.MLP()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.9, 0.99), fused=fused)
+    while True:
+        x0, _ = mixture.sample(size * block)
+        t, eps = torch.rand(size * block), torch.randn(size * block, 2)
+        rows = ((1 - t)[:, None] * x0 + t[:, None] * eps, t, eps - x0)
+        for z, t, target in zip(*(x.split(size) for x in rows), strict=True):
+            loss = (network(z, t) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield
+
+
+def bench_toy(rounds: int) -> None:
+    torch.set_num_threads(1)
+    data, objective = toy2d.Toy(toy2d.Toy.Options()), formulation("rf")
+    recipe = Recipe(**data.recipe(data.options))
+    steps, size = 10 * recipe.block, recipe.batch_size
+    state, stream = State(toy2d.MLP(), recipe), batches(data, objective, recipe)
+    ours = lambda: train(state, objective, stream, replace(recipe, steps=state.step + steps))
+    bare = bare_loop(data.mixture, size, recipe.block, fused=True)
+    plain = bare_loop(data.mixture, size, 1, fused=False)
+    loops: dict[str, Callable] = {
+        "train.py": ours,
+        "bare loop": lambda: [next(bare) for _ in range(steps)],
+        "bare, plain Adam, batches one by one": lambda: [next(plain) for _ in range(steps)],
+    }
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            loop()
+            times[name].append((time.perf_counter() - start) / steps)
+    stream.close()
+    print(f"{'':38}{'us a step':>10}{'train.py is':>14}")
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(times["train.py"], own, strict=True)]
+        step, ratio = statistics.median(own[1:]), statistics.median(ratios[1:])
+        print(f"{name:38}{1e6 * step:10.0f}{ratio:13.2f}x")
+
+
+def run(
+    rounds: Annotated[Count, "of the toy, 250 steps each; MM-DiT takes a quarter second each"] = 12,
+    depth: Annotated[Count, "of MM-DiT: blocks, heads, width / 64"] = 6,
+    scale: Annotated[Count, "latents of 32 SCALE, 256 SCALE^2 tokens"] = 1,
+    context: Annotated[Count, "context tokens"] = 77,
+    batch_size: Annotated[Count, "of MM-DiT"] = 4,
+    precision: Annotated[Literal["fp32", "bf16"], "of MM-DiT"] = "fp32",
+    compile: Annotated[bool, "torch.compile the network"] = False,
+    device: Annotated[str | None, "cpu, cuda, ..."] = None,
+) -> None:
+    threads, device = torch.get_num_threads(), check_device(device)
+    bench_toy(rounds)
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    side, noise = 16 * scale, partial(torch.randn, device=device)  # patches of 2 x 2
+    network = MMDiT(depth, pos_embed_max_size=side).to(device)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.02)  # at initialisation all gradients but few are zeros
+    model = torch.compile(network) if compile else network
+    x = noise(batch_size, 16, 2 * side, 2 * side)
+    cond = noise(batch_size, context, 4096), noise(batch_size, 2048)
+
+    def step() -> None:
+        network.zero_grad()
+        with autocast(precision, device):
+            out = model(x, torch.rand(batch_size, device=device), *cond)
+        out.float().square().mean().backward()
+
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = noise(2, n, n, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    product = torch.empty_like(a)
+    timed = lambda call: Timer("call()", globals={"call": call}, num_threads=threads)
+    median = lambda call: timed(call).blocked_autorange(min_run_time=rounds / 4).median
+    matmul = 2 * n**3 / median(lambda: torch.mm(a, b, out=product))
+    seconds, size = median(step), sum(p.numel() for p in network.parameters())
+    rate = batch_size * training_flops(network, x, *cond) / seconds
+    how = f"{side**2} + {context} tokens, batch {batch_size}, {precision}"
+    how += f"{' compiled' * compile}, {device}"
+    print(f"MM-DiT depth {depth}, {size / 1e6:.1f}M parameters, {how}")
+    print(f"forward + backward {1e3 * seconds:.1f} ms, {rate / 1e12:.3f} TFLOP/s")
+    print(f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {rate / matmul:.0%} of it is reached")
+
+
+if __name__ == "__main__":
+    command(run, __doc__)

@@ -1,0 +1,60 @@
+"""What each path costs by itself: the exact field in few steps, nothing trained.
+
+    python -m studies.exact
+
+The table has the energy distance above the converged exact field's, in thousandths."""
+
+import itertools
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+import toy2d
+from options import command
+from rf import EDM, Field, Formulation, formulation, solve
+
+SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
+COUNTS = (1, 2, 5, 10, 25, 50)
+
+
+def exact_network(formula: Formulation, mixture: toy2d.GaussianMixture) -> Field:
+    """The best network there is: E[target | z], called as any network is."""
+
+    def network(z_in: Tensor, t: Tensor) -> Tensor:
+        z = z_in / formula.path.c_in(t)[:, None]
+        return formula.pair(*mixture.ends(z, t, formula.path), t)[1]
+
+    return network
+
+
+def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, method: str) -> Tensor:
+    """The exact field's samples on the path's default grid, ending with x0_hat. heun and rk4 step
+    in sigma instead of t where a = 1 (EDM); first order is the plane's step."""
+    if method == "first order":
+        return formula.sample(exact_network(formula, mixture), noise, steps=steps)
+    path, times = formula.path, formula.path.grid(steps)
+    field, clock = mixture.field(path), times
+    if isinstance(path, EDM):
+        field = lambda z, sigma: mixture.ends(z, path.time(-2 * sigma.double().log()), path)[1]
+        clock = path.b(times)
+    z = solve(field, path.b(times[0]).float() * noise, times=clock, method=method)
+    return mixture.ends(z, times[-1:].clamp(min=1e-6), path)[0]
+
+
+@torch.no_grad()
+def run(mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring",)) -> None:
+    for name in mixtures:
+        mixture = toy2d.load_mixture(name)
+        data, _, noise, best = toy2d.reference(mixture, 0)
+        print(f"\n{name}\n\n| path | solver | " + " | ".join(f"{n} steps" for n in COUNTS) + " |")
+        print("|---" * (2 + len(COUNTS)) + "|")
+        for key, method in itertools.product(SHOWN, ("first order", "heun", "rk4")):
+            xs = (exact_samples(formulation(key), mixture, noise, n, method) for n in COUNTS)
+            far = [1e3 * (toy2d.energy_distance(x, data) - best["energy"]) for x in xs]
+            cells = " | ".join(toy2d.shown(e, ".2f") for e in far)
+            print(f"| {key} | {method} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    command(run, __doc__)

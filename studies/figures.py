@@ -1,0 +1,61 @@
+"""Two pictures: the exact flow lines of each path, and the densities of t with the log-SNRs.
+
+    python -m studies.figures --out assets
+
+paths.png has each path in its own coordinates, with five first-order steps in white. densities.png
+is SD3's figure 11 beside the log-SNR of every path."""
+
+from pathlib import Path as File
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+import toy2d
+from options import command
+from pictures import Canvas, hues, plot, tile
+from rf import formulation
+from studies.exact import SHOWN, exact_network
+
+SAMPLED = ("rf", "rf/lognorm(0.00,1.00)", "rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/cosmap")
+
+
+def walk(formula, mixture, noise: Tensor, steps: int) -> Tensor:
+    """The states of the exact network's sampler, (steps + 1, n, 2), in the path's coordinates."""
+    network, zs = exact_network(formula, mixture), []
+
+    def spy(z_in: Tensor, t: Tensor) -> Tensor:
+        zs.append(z_in / formula.path.c_in(t)[:, None])
+        return network(z_in, t)
+
+    x0 = formula.sample(spy, noise, steps=steps)
+    return torch.stack([*zs, x0])
+
+
+@torch.no_grad()
+def run(
+    mixture: Annotated[str, "of the flow lines"] = "ring",
+    out: Annotated[File, "folder of the pictures"] = File(),
+) -> None:
+    truth = toy2d.load_mixture(mixture)
+    noise = torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
+    colours, panels = hues(noise), []
+    for key in SHOWN[:4]:
+        lines = walk(formulation(key), truth, noise, 400)
+        steps = walk(formulation(key), truth, noise[:12], 5)
+        canvas = Canvas(truth.scene(), 420).glow(0).lines(lines, colours, 90)
+        canvas.lines(steps, colours[:12], 230).points(steps.flatten(0, 1), [(255,) * 3] * 72, 4)
+        panels.append(canvas.done(key))
+    title = "Exact flow lines; in white, five first-order steps"
+    tile([panels[:2], panels[2:]], title).save(out / "paths.png")
+    t = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
+    pi = {name: (t, formulation(name).timesteps.density(t)) for name in SAMPLED}
+    snr = {name: (t, formulation(name).path.log_snr(t)) for name in SHOWN}
+    left = plot(pi, "timestep densities pi(t) for rf, over t", 0, 4)
+    right = plot(snr, "log-SNR lambda(t) of the paths, over t", -12, 12)
+    tile([[left, right]]).save(out / "densities.png")
+    print(f"wrote {out}/paths.png, {out}/densities.png")
+
+
+if __name__ == "__main__":
+    command(run, __doc__)

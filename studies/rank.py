@@ -1,0 +1,157 @@
+"""SD3's Table 1 (section 5.1) in two dimensions: which formulation samples best, in how many steps.
+
+    python -m studies.rank                18 minutes on two cores; --all for the paper's 61
+
+Each run is trained, sampled from its EMA weights, kept as a file in --out, and not made again. The
+table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
+
+import json
+import multiprocessing
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path as File
+from typing import Annotated
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import toy2d
+from options import Count, Recipe, command
+from rf import STUDY, formulation
+from train import State, batches, train
+
+PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
+    "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
+    "rf/lognorm(1.00,0.60)": (2.08, 3.50, 2.00),
+    "rf/lognorm(0.50,0.60)": (2.71, 8.50, 1.00),
+    "rf/mode(1.29)": (2.75, 3.25, 3.00),
+    "rf/lognorm(0.50,1.00)": (2.83, 1.50, 2.50),
+    "eps/linear": (2.88, 4.25, 2.75),
+    "rf/mode(1.75)": (3.33, 2.75, 2.75),
+    "rf/cosmap": (4.13, 3.75, 4.00),
+    "edm(0.00,0.60)": (5.63, 13.25, 3.25),
+    "rf": (5.67, 6.50, 5.75),
+    "v/linear": (6.83, 5.75, 7.75),
+    "edm(0.60,1.20)": (9.00, 13.00, 9.00),
+    "v/cos": (9.17, 12.25, 8.75),
+    "edm/cos": (11.04, 14.25, 11.25),
+    "edm/rf": (13.04, 15.25, 13.25),
+    "edm(-1.20,1.20)": (15.58, 20.25, 15.00),
+}
+STEPS = (5, 10, 25, 50)
+
+
+@torch.no_grad()
+def trained(job: tuple[str, str, int], steps: int) -> dict:
+    """A run of the study: train, sample the average of the weights in each number of steps, measure
+    the energy distance above the exact field's from the same noise, and the outliers."""
+    torch.set_num_threads(1)
+    name, mixture, seed = job[0], toy2d.load_mixture(job[1]), job[2]
+    data, formula = toy2d.Toy(toy2d.Toy.Options(mixture.spec())), formulation(name)
+    recipe = Recipe(**data.recipe(data.options) | dict(formulation=name, steps=steps, seed=seed))
+    torch.manual_seed(seed)
+    state, stream = State(toy2d.MLP(), recipe), batches(data, formula, recipe)
+    with torch.enable_grad():
+        train(state, formula, stream, recipe)
+    stream.close()
+    run = {"name": name, "mixture": job[1], "seed": seed, "steps": steps}
+    run["excess"] = toy2d.relative_excess(state.average, formula, mixture)
+    points, _, noise, exact = toy2d.reference(mixture, seed)
+    for n in STEPS:
+        x = formula.sample(state.average, noise, steps=n)
+        own = toy2d.sample_metrics(x, points, mixture)
+        run[str(n)] = {"energy": own["energy"] - exact["energy"], "outliers": own["outliers"]}
+    return run
+
+
+def run_file(out: File, name: str, mixture: str, seed: int) -> File:
+    return out / f"{re.sub('[^a-z0-9.-]+', '_', name)}-{mixture}-{seed}.json"
+
+
+def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
+    """The runs of these (name, mixture, seed): read from `out`, or made and kept there."""
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not run_file(out, *job).exists()]
+    there = {json.loads(run_file(out, *job).read_text())["steps"] for job in {*jobs} - {*missing}}
+    if there - {steps}:
+        raise ValueError(f"--out {out} holds runs of {min(there - {steps})} steps, not {steps}")
+    # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        made = pool.imap_unordered(partial(trained, steps=steps), missing)
+        for run in tqdm(made, initial=len(jobs) - len(missing), total=len(jobs)):
+            file = run_file(out, run["name"], run["mixture"], run["seed"])
+            file.with_suffix(".tmp").write_text(json.dumps(run))
+            file.with_suffix(".tmp").replace(file)
+    return [json.loads(run_file(out, *job).read_text()) for job in jobs]
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """1 for the smallest; equals share their mean rank, and what diverged (nan) is last."""
+    values = np.nan_to_num(np.asarray(values, dtype=float), nan=np.inf)
+    below = (values[None] < values[:, None]).sum(1)
+    return below + ((values[None] == values[:, None]).sum(1) + 1) / 2
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks."""
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def mean_ranks(runs: list[dict], names: list[str], steps: Sequence[int]) -> np.ndarray:
+    """Each name's rank by energy distance, averaged over seeds, mixtures and these step counts."""
+    settings: dict[tuple, dict[str, float]] = {}
+    for run in runs:
+        for n in steps:
+            key = run["mixture"], run["seed"], n
+            settings.setdefault(key, {})[run["name"]] = run[str(n)]["energy"]
+    return np.mean([ranks([s[name] for name in names]) for s in settings.values()], axis=0)
+
+
+def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> str:
+    """The study's table in Markdown, best mean rank first, and the correlation with the paper's."""
+    columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
+    settings = [(m, n) for m in mixtures for n in STEPS]
+    heads = ["variant", "rank all", "5", "50", "paper all", "5", "50"]
+    heads += [f"{m} {n}" for m, n in settings] + ["outliers 50", "excess"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for i in np.argsort(columns[0], kind="stable"):
+        own = [run for run in runs if run["name"] == names[i]]
+        row = [f"{column[i]:.2f}" for column in columns]
+        row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
+        for m, n in settings:
+            mean = 1e3 * np.mean([run[str(n)]["energy"] for run in own if run["mixture"] == m])
+            row.append(toy2d.shown(mean if mean < 1000 else np.inf, ".2f"))
+        row.append(toy2d.shown(np.mean([run["50"]["outliers"] for run in own]), ".1%"))
+        row.append(toy2d.shown(np.mean([run["excess"] for run in own]), ".1e"))
+        lines.append(f"| {names[i]} | {' | '.join(row)} |")
+    known = [i for i, name in enumerate(names) if name in PAPER]
+    if len(known) > 2:
+        paper = np.array([PAPER[names[i]] for i in known]).T
+        r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
+        what = "Energy distances in thousandths, above the exact field's from the same noise"
+        how = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
+        lines += ["", f"{what}. Rank correlation with the paper: {how}."]
+    return "\n".join(lines)
+
+
+def run(
+    all: Annotated[bool, "all 61 formulations instead of the table's 16"] = False,
+    names: Annotated[list[str] | None, "these formulations only"] = None,
+    mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring", "grid"),
+    seeds: Annotated[Count, "runs of each"] = 3,
+    steps: Annotated[Count, "training steps of a run"] = 11_000,
+    out: Annotated[File, "where runs are kept"] = File("runs/study"),
+) -> None:
+    names = names or (STUDY if all else list(PAPER))
+    _ = [formulation(name) for name in names] + [toy2d.load_mixture(name) for name in mixtures]
+    jobs = [(n, m, s) for s in range(seeds) for m in mixtures for n in names]
+    table = rank_table(run_missing(out, jobs, steps), names, mixtures)
+    file = out / f"table-{'-'.join(mixtures)}.md"
+    file.write_text(table + "\n")
+    print(f"{table}\n\nwrote {file}")
+
+
+if __name__ == "__main__":
+    command(run, __doc__)
