@@ -260,8 +260,7 @@ class Cifar10(Dataset):
         if not files and archive.exists():
             files = read_archive(archive)
         if not files:
-            hint = f"train.py --download fetches {URL}"
-            raise FileNotFoundError(f"no {ARCHIVE} and no {FILES[0]} in {folder}: {hint}")
+            raise FileNotFoundError(f"no {ARCHIVE} and no {FILES[0]} in {folder}: try --download")
         for name in FILES:
             if name not in files:
                 raise FileNotFoundError(f"{name} is not among the CIFAR-10 files in {folder}")
@@ -339,8 +338,7 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged, or no array of numbers: {error}") from None
     if array.dtype.name not in dtypes.split() or not array.dtype.isnative:
-        good = " or ".join(dtypes.split())
-        raise ValueError(f"{path} has the type {array.dtype.str}, not {good}")
+        raise ValueError(f"{path} has the type {array.dtype.str}, not one of {dtypes}")
     if array.ndim != sum(map(str.isalpha, shape)):
         raise ValueError(f"{path} has the shape {array.shape}, not {shape}")
     size, whole = path.stat().st_size, array.offset + array.nbytes
@@ -386,9 +384,8 @@ class Latents(Dataset):
             raise ValueError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
         text = any((folder / name).exists() for name in ("context.npy", "pooled.npy"))
         if text == (folder / "labels.npy").exists():
-            both = "both are" if text else "neither is"
-            good = "labels.npy, or context.npy and pooled.npy, and not both"
-            raise ValueError(f"{folder} must hold {good}: {both} there")
+            what = "labels.npy, or context.npy and pooled.npy, and not both"
+            raise ValueError(f"{folder} must hold {what}: {'both' if text else 'neither'} there")
         kinds = {"labels.npy": ("(N,)", INTEGERS)}
         if text:
             kinds = {"context.npy": ("(N,L,D)", FLOATS), "pooled.npy": ("(N,P)", FLOATS)}

@@ -55,8 +55,7 @@ class PeRFlow:
         def __post_init__(self):
             if (self.teacher_cfg != 1) != (self.guidance == "fixed"):
                 given = f"--guidance {self.guidance} --teacher-cfg {self.teacher_cfg:g}"
-                good = "fixed needs a scale other than 1, sync has none"
-                raise ValueError(f"{given} do not go together: {good}")
+                raise ValueError(f"{given} do not go together: fixed needs a scale, sync has none")
 
     def __init__(
         self, teacher: Field | None, path: rf.Path, windows: int | Sequence[float] = 4,
@@ -70,8 +69,9 @@ class PeRFlow:
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not (0 <= edge_share <= 1 and 0 <= clock_gap < 1):
-            got = f"{edge_share:g} and {clock_gap:g}"
-            raise ValueError(f"edge_share must be in [0, 1] and clock_gap in [0, 1), got {got}")
+            raise ValueError(
+                f"edge_share {edge_share:g} and clock_gap {clock_gap:g} are shares below 1"
+            )
         if method not in rf.SOLVERS:
             raise ValueError(f"unknown solver {method!r}; choose from {', '.join(rf.SOLVERS)}")
         if parameterization not in ("velocity", "epsilon"):
@@ -89,18 +89,12 @@ class PeRFlow:
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
         self.fewest = self.windows  # steps in which `sample` works
         self._flow = Formulation("a velocity field on the path", path, "velocity")
-        self._check_start()
-
-    def _check_start(self) -> None:
-        """The first window starts at t = 1, where not every path is finite or has any data left."""
-        a, b, _, _ = self.path.coefficients(self.edges[-1])
-        name, advice = type(self.path).__name__, "formulation.rectified(network) on RectifiedFlow()"
-        if self.parameterization == "epsilon" and (a == 0 or not b.isfinite()):
-            why = "lambda_k = a_e/a_s is infinite where a_s = 0, and z where b_s is"
-            good = f"epsilon needs a linear path (LDM, DDPM), not {name}"
-            raise ValueError(f"{good}: {why}; use velocity, with {advice}")
+        a, b, _, _ = path.coefficients(self.edges[-1])
+        advice = "use velocity, with formulation.rectified(network) on RectifiedFlow()"
+        if parameterization == "epsilon" and (a == 0 or not b.isfinite()):
+            raise ValueError(f"epsilon: lambda_k = a_e/a_s is infinite on this path; {advice}")
         if not b.isfinite():
-            raise ValueError(f"{name} is infinite at t = 1; pass {advice}")
+            raise ValueError(f"{type(path).__name__} is infinite at t = 1; {advice}")
 
     @classmethod
     def of(

@@ -178,8 +178,7 @@ class EDM(Path):
 
     def __init__(self, P_m: float = -1.2, P_s: float = 1.2, sigma_data: float = 0.5):
         if not (P_s > 0 and math.isfinite(P_m) and math.isfinite(P_s)):
-            got = f"P_m = {P_m:g}, P_s = {P_s:g}"
-            raise ValueError(f"EDM takes a finite P_m and P_s > 0, got {got}")
+            raise ValueError(f"EDM takes a finite P_m and P_s > 0, got {P_m:g} and {P_s:g}")
         self.P_m, self.P_s, self.sigma_data = P_m, P_s, sigma_data
 
     def _coefficients(self, t):
@@ -287,8 +286,7 @@ class Mode:
 
     def __init__(self, s: float):
         if not -1 <= s <= 2 / (math.pi - 2):
-            good = "-1 <= s <= 2/(pi-2) = 1.7519"
-            raise ValueError(f"mode(s) is monotone only for {good}, got s = {s:g}")
+            raise ValueError(f"mode(s) is monotone for -1 <= s <= 2/(pi-2) = 1.7519, got s = {s:g}")
         self.s = s
 
     def f(self, u: Tensor) -> Tensor:
@@ -528,8 +526,7 @@ def formulation(name: str, shift: float = 1.0) -> Formulation:
             try:
                 numbers = [float(argument) for argument in arguments]
             except ValueError:
-                message = f"formulation {name!r}: the arguments of {pattern} must be numbers"
-                raise ValueError(message) from None
+                raise ValueError(f"{name!r}: the arguments of {pattern} must be numbers") from None
             return replace(Formulation(name, *build(*numbers)), shift=shift)
     raise ValueError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
 

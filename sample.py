@@ -73,8 +73,7 @@ class Sampler:
     def guided(self, cfg: float = 1.0) -> Field:
         """The network as it is called: in its precision, with guidance of this scale."""
         if not math.isfinite(cfg) or (cfg != 1 and not self.null_cond):
-            why = "it takes finite ones, and only with conditions, unless its guidance is fixed"
-            raise ValueError(f"cfg {cfg:g} is not for this model: {why}")
+            raise ValueError(f"cfg {cfg:g} is not for this model: no conditions, or fixed guidance")
         guided = guide(self.network, [c.to(self.device) for c in self.null_cond], cfg)
 
         def network(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -142,8 +141,8 @@ def read(path: str | File, kind: str = "checkpoint") -> dict:
         raise ValueError(f"{path} is no {kind} of this project: no {', '.join(sorted(missing))}")
     lacking = (names(Recipe) | {"dataset", "objective", "spec"}) - content["config"].keys()
     if lacking:
-        why = f"its configuration lacks {', '.join(sorted(lacking))}"
-        raise ValueError(f"{kind} {path} is of an older version of this project: {why}")
+        lacking = ", ".join(sorted(lacking))
+        raise ValueError(f"{kind} {path} is of an older version of this project: no {lacking}")
     for key, table in (("dataset", DATASETS), ("objective", OBJECTIVES)):
         if (name := content["config"][key]) not in (None, *table):
             raise ValueError(f"{kind} {path}: unknown {key} {name!r}; known are {', '.join(table)}")

@@ -35,8 +35,7 @@ class GaussianMixture:
         try:
             arrays = [torch.as_tensor(x, dtype=torch.float64) for x in (means, covs, weights)]
         except (TypeError, ValueError) as error:
-            message = f"means, covs and weights must be arrays of numbers: {error}"
-            raise ValueError(message) from None
+            raise ValueError(f"means, covs, weights must be arrays of numbers: {error}") from None
         self.means, self.covs, weights = arrays
         K, shapes = weights.numel(), [tuple(x.shape) for x in arrays]
         if K == 0 or shapes != [(K, 2), (K, 2, 2), (K,)]:
@@ -161,15 +160,13 @@ def load_mixture(name: str) -> GaussianMixture:
     if raw in MIXTURES:
         return MIXTURES[raw]().standardized() if raw == name else MIXTURES[raw]()
     if not name.endswith(".json"):
-        good = f"choose from {', '.join(MIXTURES)}, or give a FILE.json"
-        raise ValueError(f"unknown mixture {name!r}; {good}")
+        raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(MIXTURES)}, FILE.json")
     try:
         return GaussianMixture(**json.loads(File(name).read_text()))
     except OSError as error:
         raise ValueError(f"mixture {name}: {error.strerror}") from None
     except (TypeError, ValueError) as error:
-        good = "it needs means (K,2), covs (K,2,2), weights (K,)"
-        raise ValueError(f"mixture {name}: {error}; {good}") from None
+        raise ValueError(f"mixture {name}: {error}; it needs means, covs, weights") from None
 
 
 # ---- The network

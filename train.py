@@ -97,18 +97,14 @@ def configure(given: dict) -> tuple[dict, File, dict | None]:
             raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
         name, objective = flags.get("dataset", origin["dataset"]), origin["objective"]
     elif (out / "checkpoint.pt").exists() and int(os.environ.get("RANK", 0)) == 0:
-        good = "--resume goes on with it, another --out keeps it"
-        raise ValueError(f"--out {out} holds a run already: {good}")
-
+        raise ValueError(f"--out {out} holds a run already: --resume it, or take another --out")
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     kind, learner = DATASETS[name], OBJECTIVES.get(objective)
     options = pick(kind.Options, origin | flags)
     student = pick(learner.Options, origin | flags) if learner else None
-    changes = {} if resume else kind.recipe(options)
-    if learner and not resume:
-        changes = kind.distil | learner.recipe(student)
-    recipe = pick(Recipe, origin | changes | flags)
+    changes = kind.distil | learner.recipe(student) if learner else kind.recipe(options)
+    recipe = pick(Recipe, origin | ({} if resume else changes) | flags)
     config = origin | asdict(recipe) | asdict(options) | (asdict(student) if student else {})
     config |= dict(dataset=name, objective=objective, teacher=teacher or origin.get("teacher"))
     fixed = (flags.keys() if resume else OF_TEACHER | names(kind.Options)) - MAY_CHANGE
@@ -127,9 +123,7 @@ def configure(given: dict) -> tuple[dict, File, dict | None]:
 
 
 # ---- The examples (z, t, target, *cond): a pure function of (seed, step, micro-batch)
-def drop(
-    cond: list[Tensor], null_cond: Sequence[Tensor], share: float, generator: torch.Generator
-) -> list[Tensor]:
+def drop(cond: list[Tensor], null_cond: Sequence[Tensor], share: float, generator) -> list[Tensor]:
     """Replace rows by the null condition, for classifier-free guidance: `share` of them lose all.
     Each of n conditions is dropped by itself, at the n-th root of the share. (SD3 drops its three
     encoders at 46.4% each, so that a tenth of the examples has none.) Text that is stored in
@@ -251,7 +245,6 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
         if stop:
             return 128 + (run.signals or [signal.SIGTERM])[0]
         run.since = time.perf_counter()  # samples/s are of training, not of evaluating and saving
-    return None
 
 
 @torch.no_grad()
@@ -437,7 +430,6 @@ def launch(given: dict, parser: Parser) -> str | int | None:
     data.report(run.sampler, out, teacher)
     few = f" --steps {objective.fewest}" if teacher else ""
     print(f"next: python sample.py {out}/checkpoint.pt{few} --out samples.png")
-    return None
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
