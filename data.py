@@ -55,9 +55,16 @@ class Data:
     A spec is what a network is built from, in plain values: `shape` of an example, number of
     `classes`, and what else the class needs."""
 
+    cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
+    parts: ClassVar[list | None] = None  # what training drops together, see `train.drop`
+
     @classmethod
-    def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
+    def conditions(
+        cls, spec: dict, n: int, label=None, data=None, prompts=(), generator=None
+    ) -> list[Tensor]:
         """What n samples are drawn for: one label, or all in turn; nothing where there are none."""
+        if prompts:
+            raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
         classes = spec["classes"]
         if label is not None and not 0 <= label < classes:
             good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
@@ -73,11 +80,11 @@ class Data:
         """A picture while the run goes on."""
 
     @staticmethod
-    def compare(student, teacher, measure) -> None:
+    def compare(student, teacher, measure, counts=(1, 2, 4, 8, 16, 32, 100)) -> None:
         """Print what measure(model, steps) says of both at equal numbers of evaluations."""
         fewest = student.objective.fewest
         print(f"{'evaluations':12}{'teacher':>28}{'student':>28}")
-        for n in sorted({fewest, 1, 2, 4, 8, 16, 32, 100}):
+        for n in sorted({fewest, *counts}):
             cells = measure(teacher, n), measure(student, n) if n >= fewest else "-"
             print(f"{n:<12}" + "".join(f"{cell:>28}" for cell in cells))
 
@@ -96,7 +103,7 @@ class Dataset(Data):
 
     def __init__(self, x0, *cond, names: list[str] | None = None, held_out=None, rows=None):
         self.x0, self.cond, self.names, self.meta = x0, cond, names, None
-        self.classes = (len(names) if names else int(max(cond[0])) + 1) if len(cond) == 1 else 0
+        self.classes = (len(names) if names else int(cond[0].max()) + 1) if len(cond) == 1 else 0
         rows = np.arange(len(x0)) if rows is None else rows
         split = len(x0) - (max(1, len(x0) // 20) if held_out is None else held_out)
         self.train_rows, self.held_out_rows = rows[:split], rows[split:]
@@ -162,10 +169,10 @@ class Dataset(Data):
         return network
 
     @classmethod
-    def conditions(cls, spec, n, label=None, data=None, generator=None):
+    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
         """Of texts: those held out in the folder `data`, or none."""
-        if not spec["context"] or label is not None:
-            return super().conditions(spec, n, label)
+        if not spec["context"] or label is not None or prompts:
+            return super().conditions(spec, n, label, prompts=prompts)
         if not data:
             return [torch.zeros(n, *spec[key]) for key in ("context", "pooled")]
         texts = cls(cls.Options(data=data))

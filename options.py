@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
             elif get_origin(kind) is Literal:
                 how = {"choices": get_args(kind)}
             elif get_origin(kind) is list:
-                how = {"type": get_args(kind)[0], "nargs": "+"}
+                how = {"type": get_args(kind)[0], "nargs": "+", "action": "extend"}
             flag, given = "--" + name.replace("_", "-"), option.default is not option.empty
             if given and defaults and option.default not in (None, False):
                 text += f" (default: {option.default})"

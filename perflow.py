@@ -20,6 +20,7 @@ from rf import Field, Formulation, Generator, Pair, Rows, Times, expand
 
 class PeRFlow:
     """How to train and sample a student of `teacher`, a velocity field v(z, t, *cond) on `path`.
+
     windows: K of equal width, or their edges 0 = t_0 < ... < t_K = 1. K = 1 is plain reflow.
     evaluations: of the teacher in a solve, whatever the method: 8 Euler, 4 Heun or 2 RK4 steps,
         rounded up to whole steps. Heun and RK4 also ask at the window's end, so the teacher must be
@@ -47,10 +48,10 @@ class PeRFlow:
             Literal["sync", "fixed"], "guide the student in sampling, or the teacher now"
         ] = "sync"
         teacher_cfg: Annotated[float, "guidance scale of the teacher, for fixed"] = 1.0
-        edge_share: Annotated[float, "share of t that lies on its window's start"] = 0.5
-        clock_gap: Annotated[float, "share of a window that the student's clock skips"] = 0.25
-        reuse: Annotated[int, "draws of t that share a solve of the teacher"] = 4
-        method: str = "heun"
+        edge_share: Annotated[float, "ours: share of t that lies on its window's start"] = 0.5
+        clock_gap: Annotated[float, "ours: share of a window that the clock skips"] = 0.25
+        reuse: Annotated[int, "ours: draws of t that share a solve of the teacher"] = 4
+        method: str = "heun"  # ours, where the paper has DDIM
 
         def __post_init__(self):
             if (self.teacher_cfg != 1) != (self.guidance == "fixed"):
@@ -69,9 +70,8 @@ class PeRFlow:
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not (0 <= edge_share <= 1 and 0 <= clock_gap < 1):
-            raise ValueError(
-                f"edge_share {edge_share:g} and clock_gap {clock_gap:g} are shares below 1"
-            )
+            got = f"edge_share {edge_share:g} and clock_gap {clock_gap:g}"
+            raise ValueError(f"{got} must be shares, the second below 1")
         if method not in rf.SOLVERS:
             raise ValueError(f"unknown solver {method!r}; choose from {', '.join(rf.SOLVERS)}")
         if parameterization not in ("velocity", "epsilon"):

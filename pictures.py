@@ -6,6 +6,7 @@ picture asks for many points; nothing here knows a mixture, a network or a data 
 Time, here and everywhere: t = 0 is data, t = 1 is noise."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path as File
 from typing import NamedTuple
@@ -181,6 +182,25 @@ def draw_sheet(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> I
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, name in enumerate(names):
         draw.text((6, i * h + h // 2 - 8), name[:12], "black", font)
+    return sheet
+
+
+def draw_captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Images uint8 (n,H,W,3), small ones enlarged, each over the lines of its caption."""
+    n, h, w, _ = images.shape
+    columns, zoom, gap, font = min(n, columns), max(1, 128 // h), 8, ImageFont.load_default(13)
+    wrap = lambda text: [
+        part for line in text.split("\n") for part in textwrap.wrap(line, zoom * w // 7)
+    ]
+    lines = [wrap(caption) for caption in captions]
+    h, w = zoom * h + 17 * max(map(len, lines)) + 2 * gap, zoom * w + gap
+    sheet = Image.new("RGB", (columns * w + gap, -(-n // columns) * h + gap), (240, 240, 240))
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+        x, y = gap + i % columns * w, gap + i // columns * h
+        big = Image.fromarray(image).resize((w - gap,) * 2, Image.Resampling.NEAREST)
+        sheet.paste(big, (x, y))
+        draw.text((x, y + w - gap + 2), "\n".join(text), "black", font, spacing=3)
     return sheet
 
 

@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import toy2d
 from data import DATA, Cifar10, Latents, seeded
 from options import Count, Recipe, command, names, pick
 from perflow import PeRFlow, plug
 from rf import SOLVERS, Field, formulation, guide
+from shapes import Shapes
+from toy2d import Toy
 
 # The tables of names. A data set is a class with the methods of `toy2d.Toy` or `data.Dataset`. An
 # objective is a formulation, or a student's: a class with the methods of `PeRFlow`.
-DATASETS = {"toy2d": toy2d.Toy, "cifar10": Cifar10, "latents": Latents}
+DATASETS = {"toy2d": Toy, "shapes": Shapes, "cifar10": Cifar10, "latents": Latents}
 OBJECTIVES = {"perflow": PeRFlow}
 
 
@@ -58,7 +59,12 @@ class Sampler:
     objective: Any  # a Formulation, or a student's
     config: dict = field(default_factory=dict)
     step: int = 0
-    cfg: float = 1.0  # the guidance scale of calls that name none
+    cfg: float | None = None  # the guidance scale of calls that name none
+
+    def __post_init__(self):
+        kind = DATASETS.get(self.config.get("dataset"))
+        if self.cfg is None:
+            self.cfg = kind.cfg if kind and self.null_cond else 1.0
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +213,11 @@ def run(
     num: Annotated[Count | None, "number of samples (default: 2000 points or 100 images)"] = None,
     steps: Annotated[Count, "of the solver, from t = 1 to 0"] = 50,
     solver: Annotated[Literal[tuple(SOLVERS)], "of dz = v dt"] = "euler",
-    cfg: Annotated[float | None, "scale of classifier-free guidance (default: 1, off)"] = None,
+    cfg: Annotated[float | None, "guidance scale (default: 3 for shapes, else 1, off)"] = None,
+    prompt: Annotated[
+        list[str] | None, "what to draw, by a model with text; may be repeated"
+    ] = None,
+    prompts: Annotated[File | None, "a file of prompts, one a line"] = None,
     label: Annotated[int | None, "class of a conditional model (default: all classes)"] = None,
     plug: Annotated[str | None, "add this delta.pt of a PeRFlow student to the weights"] = None,
     seed: Annotated[int, "of the starting noise"] = 0,
@@ -222,8 +232,9 @@ def run(
     sampler = load(checkpoint, check_device(device))
     sampler = plugged(sampler, plug) if plug else sampler
     kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
-    n = num or (100 if len(spec["shape"]) == 3 else 2000)
-    cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
+    texts = (prompt or []) + (prompts.read_text(encoding="utf-8").splitlines() if prompts else [])
+    n = num or len(texts) or (100 if len(spec["shape"]) == 3 else 2000)
+    cond = kind.conditions(spec, n, label, data, texts, seeded(seed, 0, 0, DATA))
     out.parent.mkdir(parents=True, exist_ok=True)
     x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
     print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")

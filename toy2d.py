@@ -360,10 +360,10 @@ class Toy(Data):
         return ClassMMDiT(spec["classes"], recipe.depth, **shape)
 
     @classmethod
-    def conditions(cls, spec, n, label=None, data=None, generator=None):
+    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
         """Labels, where none is asked for, are as frequent as their modes."""
-        if label is not None or not spec["classes"]:
-            return super().conditions(spec, n, label)
+        if label is not None or prompts or not spec["classes"]:
+            return super().conditions(spec, n, label, prompts=prompts)
         return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
 
     @classmethod
@@ -409,9 +409,7 @@ class Toy(Data):
         y = yardsticks(run, self.mixture, self.conditional)
         exact = {key: y[f"exact_{key}"] for key in ("energy", "total_variation", "outliers")}
         learned = y | {"energy": y["energy"] + exact["energy"]}
-        print(
-            "10,000 samples in 50 Heun steps, and the exact field's from the same noise; 3 seeds:"
-        )
+        print("10,000 samples in 50 Heun steps, the exact field's from the same noise; 3 seeds:")
         print(metrics_table({"learned": learned, "exact": exact}))
         difference, error = shown(y["energy"], ".2e"), shown(y["energy_error"], ".0e")
         print(f"difference of the energy distances {difference} (+- {error})")
@@ -424,10 +422,8 @@ class Toy(Data):
         zs = trajectory(field, torch.randn(900, 2, generator=generator), torch.linspace(1, 0, 49))
         pictures.draw_flow(scene, zs).save(out / "flow.png")
         pictures.save_gif(out / "flow.gif", scene, zs[:, :700])
-        x0, eps = (
-            self.mixture.sample(20_000, generator)[0],
-            torch.randn(20_000, 2, generator=generator),
-        )
+        x0, _ = self.mixture.sample(20_000, generator)
+        eps = torch.randn(20_000, 2, generator=generator)
         for t in (0.9, 0.5, 0.1):
             z = path.interpolate(x0, eps, t)
             u, v = exact(z, t), field(z, torch.full((len(z),), t))

@@ -123,16 +123,26 @@ def configure(given: dict) -> tuple[dict, File, dict | None]:
 
 
 # ---- The examples (z, t, target, *cond): a pure function of (seed, step, micro-batch)
-def drop(cond: list[Tensor], null_cond: Sequence[Tensor], share: float, generator) -> list[Tensor]:
+def drop(
+    cond: list[Tensor],
+    null_cond: Sequence[Tensor],
+    share: float,
+    generator,
+    parts: list | None = None,
+) -> list[Tensor]:
     """Replace rows by the null condition, for classifier-free guidance: `share` of them lose all.
-    Each of n conditions is dropped by itself, at the n-th root of the share. (SD3 drops its three
-    encoders at 46.4% each, so that a tenth of the examples has none.) Text that is stored in
-    float16 comes out in float32, as its null condition is."""
-    kept = []
-    for c, null in zip(cond, null_cond, strict=True):
-        chance = torch.rand(len(c), generator=generator, device=generator.device)
-        dropped = (chance < share ** (1 / len(cond))).reshape(-1, *[1] * (c.dim() - 1))
-        kept.append(torch.where(dropped, null, c))
+    Each of n parts is dropped by itself, at the n-th root of the share. (SD3 drops its three
+    encoders at 46.4%, so that a tenth of the examples has none.) A part is a list of (condition,
+    *slices of its axes); by default each condition is one. Text that is stored in float16 comes out
+    in float32, as its null condition is."""
+    parts = parts or [[(i,)] for i in range(len(cond))]
+    kept = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
+    for part in parts:
+        chance = torch.rand(len(cond[0]), generator=generator, device=generator.device)
+        for i, *where in part:
+            view, null = kept[i][(slice(None), *where)], null_cond[i][tuple(where)]
+            dropped = (chance < share ** (1 / len(parts))).reshape(-1, *[1] * (view.dim() - 1))
+            view.copy_(torch.where(dropped, null, view))
     return kept
 
 
@@ -153,7 +163,8 @@ def batches(
         for micro in range(rank * recipe.accumulate, (rank + 1) * recipe.accumulate):
             x0, *cond = data.batch(recipe.seed, n, size, micro, micros, device)
             generator = seeded(recipe.seed, n, micro, NOISE, device)
-            cond = drop(cond, null_cond, recipe.dropout, generator) if null_cond else cond
+            if null_cond:
+                cond = drop(cond, null_cond, recipe.dropout, generator, data.parts)
             rows = objective.examples(x0, *cond, generator=generator)
             streams.append(zip(*(x.split(len(x) // block) for x in rows), strict=True))
         return list(zip(*streams, strict=True))
@@ -398,7 +409,8 @@ def launch(given: dict, parser: Parser) -> str | int | None:
         torch.manual_seed(recipe.seed)
         network = kind.network(config["spec"], recipe).to(device)
         if teacher:
-            teacher.cfg = config.get("teacher_cfg", 1.0)
+            if config.get("teacher_cfg", 1.0) != 1:
+                teacher.cfg = config["teacher_cfg"]
             network.load_state_dict(teacher.network.state_dict())
         state = State(network, recipe)
         if checkpoint:

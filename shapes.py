@@ -1,0 +1,311 @@
+"""The laboratory of text: drawn shapes with captions, and an exact reader of such pictures.
+
+`toy2d.py` knows the true field of its data, this file the true caption of a picture. A caption
+names one object, or two and their relation: "a red circle left of a blue square". `render` draws
+it; `read` compares a picture with all that can be drawn, and so judges what a model paints.
+c_ctxt has a fixed vector for each (word, place in the sentence). c_vec is the bag of the words: as
+the paper says of pooled text, it is coarse, and does not tell which colour is whose.
+Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `train.py`."""
+
+import itertools
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path as File
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import DATA, HELD_OUT, Data, seeded
+from mmdit import MMDiT
+from pictures import draw_captioned, to_uint8
+
+SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
+COLOURS = dict(
+    red=(0.9, 0.1, 0.1), green=(0.1, 0.6, 0.1), blue=(0.1, 0.2, 0.9),
+    yellow=(1.0, 0.85, 0.0), purple=(0.6, 0.1, 0.7), black=(0.0, 0.0, 0.0),
+)  # fmt: skip
+SHAPES = dict(  # whether a point, y downwards from the centre, is inside
+    circle=lambda x, y: x**2 + y**2 <= 5**2,
+    square=lambda x, y: np.maximum(abs(x), abs(y)) <= 4.5,
+    triangle=lambda x, y: (y <= 4.5) & (abs(x) <= 0.55 * (y + 5.5)),
+    cross=lambda x, y: (np.minimum(abs(x), abs(y)) <= 1.6) & (np.maximum(abs(x), abs(y)) <= 5),
+)
+LOW, MIDDLE, HIGH = (7, 4), (12, 8), (21, 4)  # first and number of the pixels where centres lie
+LAYOUTS = {  # (rows, columns) of the first object's centre and of the second's
+    "": [(MIDDLE, MIDDLE)],
+    "left of": [(MIDDLE, LOW), (MIDDLE, HIGH)],
+    "above": [(LOW, MIDDLE), (HIGH, MIDDLE)],
+}
+TURNED = {"right of": "left of", "below": "above"}  # the same with its objects exchanged
+VOCABULARY = ("a", *COLOURS, *SHAPES, "left", "right", "above", "below", "of")
+WORDS = 8  # of the longest caption
+PAIRS = list(itertools.product(COLOURS, SHAPES))
+UNSEEN = {  # never in training: a quarter of the pairs, one of each colour
+    ("red", "triangle"), ("green", "circle"), ("blue", "cross"),
+    ("yellow", "square"), ("purple", "triangle"), ("black", "circle"),
+}  # fmt: skip
+
+
+# ---- Captions: there are 24 of one object and 4 x 24^2 of two, so a caption is a row of a table
+def phrase(relation: str, *pairs: tuple[str, str]) -> str:
+    return f" {relation} ".join(f"a {colour} {shape}" for colour, shape in pairs)
+
+
+CAPTIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {  # caption: layout, objects in its order
+    **{phrase("", pair): ("", [pair]) for pair in PAIRS},
+    **{phrase(r, a, b): (r, [a, b]) for r in ("left of", "above") for a in PAIRS for b in PAIRS},
+    **{phrase(r, b, a): (o, [a, b]) for r, o in TURNED.items() for a in PAIRS for b in PAIRS},
+}
+ROW = {caption: i for i, caption in enumerate(CAPTIONS)}
+LAYOUT = torch.tensor([[*LAYOUTS].index(layout) for layout, _ in CAPTIONS.values()])
+OBJECTS = torch.tensor([[PAIRS.index(o) for o in (2 * b)[:2]] for _, b in CAPTIONS.values()])
+NEW = torch.tensor([any(o in UNSEEN for o in b) for _, b in CAPTIONS.values()])
+IDS = torch.tensor(
+    [
+        [VOCABULARY.index(w) + 1 for w in c.split()] + [0] * (WORDS - len(c.split()))
+        for c in CAPTIONS
+    ]
+)  # 0 stands for no word
+
+
+def row_of(caption: str) -> int:
+    """Its row in the tables. ValueError on a word that is not in the vocabulary, and on a sentence
+    that is no caption."""
+    words = caption.split()
+    for word in words:
+        if word not in VOCABULARY:
+            raise ValueError(f"unknown word {word!r}; the vocabulary is {', '.join(VOCABULARY)}")
+    if " ".join(words) not in ROW:
+        like = "'a red circle' or 'a red circle left of a blue square'"
+        raise ValueError(f"the caption {caption!r} is not like {like}")
+    return ROW[" ".join(words)]
+
+
+def conditions_of(rows: Tensor) -> list[Tensor]:
+    """c_ctxt (n,8,24), a one-hot word beside its one-hot place times 4, zeros for no word (times 1
+    the network learns half as fast); c_vec (n,16), how often each word occurs."""
+    words = F.one_hot(IDS[rows], len(VOCABULARY) + 1)[..., 1:].float()
+    places = torch.eye(WORDS).expand(len(rows), -1, -1) * words.sum(-1, keepdim=True)
+    return [4 * torch.cat([words, places], dim=-1), words.sum(1)]
+
+
+def rows_of(context: Tensor) -> Tensor:
+    """The rows (n,) of these c_ctxt (n,8,24)."""
+    words = context[..., : len(VOCABULARY)]
+    ids = torch.where(words.amax(-1) > 0, words.argmax(-1) + 1, 0)
+    return (ids[:, None] == IDS).all(-1).float().argmax(-1)
+
+
+def draw_rows(n: int, generator: torch.Generator, new: bool = False) -> Tensor:
+    """Rows of n captions, a fifth of one object: of pairs that training sees, or with `new` those
+    that name at least one that it does not see."""
+    alone = torch.rand(n, generator=generator) < 0.2
+    mine = NEW if new else ~NEW
+    pools = [(mine & layout).nonzero()[:, 0] for layout in (LAYOUT > 0, LAYOUT == 0)]
+    u = torch.rand(n, generator=generator)
+    two, one = (pool[(u * len(pool)).long()] for pool in pools)
+    return torch.where(alone, one, two)
+
+
+# ---- Pictures
+@cache
+def masks() -> Tensor:
+    """(4,13,13): the share of each pixel that a shape covers, by 8 x 8 points a pixel."""
+    side = 2 * HALF + 1
+    points = (np.arange(8 * side) + 0.5) / 8 - side / 2
+    covered = np.stack([inside(*np.meshgrid(points, points)) for inside in SHAPES.values()])
+    return torch.tensor(covered.reshape(4, side, 8, side, 8).mean((2, 4))).float()
+
+
+@cache
+def placed_masks() -> Tensor:
+    """(4,32,32,32,32): the mask of a shape whose centre is at (row, column); 0 near the rim."""
+    placed = torch.zeros(len(SHAPES), *[SIZE] * 4)
+    for row, column in itertools.product(range(HALF, SIZE - HALF), repeat=2):
+        square = slice(row - HALF, row + HALF + 1), slice(column - HALF, column + HALF + 1)
+        placed[(slice(None), row, column, *square)] = masks()
+    return placed
+
+
+def paints() -> Tensor:
+    """(6,3): the colours less white, in the units of x0 in [-1, 1]."""
+    return 2 * torch.tensor([*COLOURS.values()]) - 2
+
+
+def paint(rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pictures (n,3,32,32) of these captions, each object at a random place of its layout."""
+    zones = torch.tensor([(2 * zones)[:2] for zones in LAYOUTS.values()])  # (3, object, axis, 2)
+    first, number = zones[LAYOUT[rows]].unbind(-1)  # (n, object, axis)
+    at = first + (torch.rand(first.shape, generator=generator) * number).long()
+    colour, shape = OBJECTS[rows].div(4, rounding_mode="floor"), OBJECTS[rows] % 4  # (n, object)
+    mask = placed_masks()[shape, at[..., 0], at[..., 1]][:, :, None]  # (n, object, 1, 32, 32)
+    drawn = mask * paints()[colour][..., None, None]
+    return 1 + drawn[:, 0] + drawn[:, 1] * (LAYOUT[rows] > 0)[:, None, None, None]
+
+
+def render(caption: str, generator: torch.Generator | None = None) -> Tensor:
+    """A picture (3,32,32) in [-1, 1] of this caption. ValueError where it is none."""
+    return paint(torch.tensor([row_of(caption)]), generator)[0]
+
+
+# ---- The reader
+def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
+    """The captions of the pictures nearest to x0 (n,3,32,32), and the rms distances to them (n,).
+    Every object at every place is compared. The two objects of a layout do not overlap, so what one
+    of them explains, |x0 - white|^2 - |x0 - object|^2, adds to what the other explains."""
+    d = x0.float().cpu() - 1
+    overlap = F.conv2d(d.flatten(0, 1)[:, None], masks()[:, None], padding=HALF)
+    overlap = overlap.unflatten(0, (-1, 3))  # (n,3,4,32,32): colour channel, shape, centre
+    power = paints().square().sum(1)[:, None] * masks().square().sum((1, 2))  # (6,4)
+    explained = 2 * torch.einsum("nksij,ck->ncsij", overlap, paints()) - power[..., None, None]
+    explained = explained.flatten(1, 2)  # (n,24,32,32)
+    totals, found = [], []
+    for zones in LAYOUTS.values():
+        spans = [[slice(start, start + n) for start, n in zone] for zone in zones]
+        best = [explained[:, :, r, c].flatten(2).amax(2).max(1) for r, c in spans]
+        totals.append(sum(b.values for b in best))
+        found.append(torch.stack([b.indices for b in best], dim=1).tolist())
+    total, layout = torch.stack(totals).max(0)
+    objects = [[PAIRS[o] for o in found[k][i]] for i, k in enumerate(layout.tolist())]
+    captions = [phrase([*LAYOUTS][k], *o) for k, o in zip(layout.tolist(), objects, strict=True)]
+    return captions, ((d.square().flatten(1).sum(1) - total).clamp(min=0) / d[0].numel()).sqrt()
+
+
+def read(x0: Tensor) -> list[str]:
+    """The canonical captions ("left of", "above") of pictures (n,3,32,32) or (3,32,32)."""
+    return nearest(x0.reshape(-1, 3, SIZE, SIZE))[0]
+
+
+KINDS = ("all right", "colours", "shapes", "relation")
+
+
+def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
+    """How often pictures show their captions: all of it, its colours, its shapes, its relation."""
+    right, known = [], [*CAPTIONS.values()]
+    for wanted, seen in zip(rows.tolist(), read(x0), strict=True):
+        layout, objects = known[wanted]
+        own, things = CAPTIONS[seen]
+        colours, shapes = (
+            sorted(o[k] for o in objects) == sorted(o[k] for o in things) for k in (0, 1)
+        )
+        exchanged = objects != things and objects == things[::-1]
+        relation = layout == own and not exchanged
+        right.append(
+            [colours and shapes and relation and objects == things, colours, shapes, relation]
+        )
+    return dict(zip(KINDS, torch.tensor(right).double().mean(0).tolist(), strict=True))
+
+
+# ---- The shapes as the data of a run
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 faster than float32: a GPU, or a CPU that says so."""
+    told = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").exists() else ""
+    return torch.cuda.is_available() or bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", told))
+
+
+class Shapes(Data):
+    """Captioned pictures, drawn anew for each step: what `train.py --dataset shapes` learns."""
+
+    @dataclass
+    class Options:
+        """There is nothing to choose."""
+
+    cfg: ClassVar = 3.0
+    parts: ClassVar = [[(0,), (1,)]]  # both conditions are dropped together
+    distil: ClassVar = dict(steps=1_500, batch_size=32, lr=5e-4, validation=64)
+
+    def __init__(self, options: Options):
+        if not fast_bf16():
+            print("shapes: this CPU is slow in bf16, so the default is float32, at half the speed")
+
+    @staticmethod
+    def recipe(options: Options) -> dict:
+        """Shapes are what is learned last, from much noise: hence (0.5, 1) and small batches."""
+        precision = "bf16" if fast_bf16() else "fp32"
+        recipe = dict(formulation="rf/lognorm(0.50,1.00)", precision=precision)
+        recipe |= dict(depth=4, steps=6_000, batch_size=32, lr=3e-3, warmup=200, decay=True)
+        recipe |= dict(beta2=0.99, eps=1e-8, ema_decay=0.995, ema_every=1, block=8, threads=1)
+        return recipe | dict(log_every=50, eval_every=500, save_every=500, validation=256)
+
+    def spec(self) -> dict:
+        return dict(shape=[3, SIZE, SIZE], classes=0)
+
+    @staticmethod
+    def _examples(n: int, generator: torch.Generator) -> list[Tensor]:
+        rows = draw_rows(n, generator)
+        return [paint(rows, generator), *conditions_of(rows)]
+
+    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
+        return [x.to(device) for x in self._examples(size, seeded(seed, n, micro, DATA))]
+
+    def held_out(self, n: int) -> list[Tensor]:
+        return self._examples(n, seeded(0, 0, 0, HELD_OUT))
+
+    @staticmethod
+    def network(spec: dict, recipe) -> nn.Module:
+        """Patches of 8 x 8: 16 image tokens beside 8 words."""
+        dims = dict(context_dim=len(VOCABULARY) + WORDS, pooled_dim=len(VOCABULARY))
+        shape = dict(in_channels=3, patch_size=8, pos_embed_max_size=SIZE // 8, qk_norm=True)
+        network = MMDiT(recipe.depth, **shape, **dims)
+        network.null_cond = (
+            torch.zeros(WORDS, dims["context_dim"]),
+            torch.zeros(dims["pooled_dim"]),
+        )
+        return network
+
+    @classmethod
+    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
+        """Of these captions in turn, or of drawn ones, of seen and unseen pairs."""
+        if label is not None:
+            raise ValueError(f"--label {label}: this model takes a --prompt")
+        if prompts:
+            rows = torch.tensor([row_of(prompt) for prompt in prompts])
+            return conditions_of(rows[torch.arange(n) % len(rows)])
+        halves = draw_rows(n - n // 2, generator), draw_rows(n // 2, generator, new=True)
+        return conditions_of(torch.cat(halves))
+
+    @classmethod
+    def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, seed: int = 0) -> File:
+        """A sheet of pictures over their captions and what the reader sees where it differs (.png),
+        or arrays (.npz: arr_0 uint8 (n,H,W,3), then the conditions)."""
+        images, rows = to_uint8(x0), rows_of(cond[0])
+        if file.suffix == ".npz":
+            np.savez(file, images, *(c.numpy() for c in cond))
+            return file
+        captions, known = [], [*CAPTIONS]
+        for wanted, seen in zip(rows.tolist(), read(x0), strict=True):
+            right = CAPTIONS[known[wanted]] == CAPTIONS[seen]
+            new = " (unseen pair)" if NEW[wanted] else ""
+            captions.append(f"{known[wanted]}{new}\n{'right' if right else f'read as: {seen}'}")
+        draw_captioned(images, captions).save(file)
+        return file
+
+    # ---- What a run shows
+    def _right(self, model, n: int, new: bool = False, **how) -> dict[str, float]:
+        rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
+        return verdicts(rows, model.draw(n, *conditions_of(rows), **how))
+
+    def metrics(self, model) -> dict[str, float]:
+        return {"right": self._right(model, 64, steps=10)["all right"]}
+
+    def report(self, model, out: File, teacher=None) -> None:
+        """At the end of a run: how often samples show their captions, and a sheet of them."""
+        steps = model.objective.fewest if teacher else 25
+        guidance = (model.cfg, 1.0) if model.null_cond else (1.0,)
+        if teacher:
+            both = lambda own, n: [self._right(own, 200, new, steps=n) for new in (False, True)]
+            measure = lambda own, n: " ".join(f"{m['all right']:8.1%}" for m in both(own, n))
+            print("all right, of 200 captions of seen pairs and 200 with unseen ones:")
+            self.compare(model, teacher, measure, (4, 8, 50))
+        print(f"{f'{steps} steps, 400 captions':24}" + "".join(f"{k:>12}" for k in KINDS))
+        for cfg, new in itertools.product(guidance, (False, True)):
+            shares = self._right(model, 400, new, steps=steps, cfg=cfg)
+            name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
+            print(f"{name:24}" + "".join(f"{share:12.1%}" for share in shares.values()))
+        cond = self.conditions(self.spec(), 32, generator=seeded(0, 2, 1, HELD_OUT))
+        x0 = model.draw(32, *cond, steps=steps)
+        print(f"pictures: {self.write(self.spec(), out / 'samples.png', x0, *cond)}")

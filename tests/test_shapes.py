@@ -1,0 +1,282 @@
+"""The laboratory of text: what is drawn, what is read, and a model of it through the commands."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import assert_one_line, in_process
+
+import sample
+import shapes
+import train
+from shapes import CAPTIONS, PAIRS, UNSEEN, VOCABULARY, Shapes
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """400 captions, half of them of unseen pairs, and their pictures."""
+    g = seeded()
+    rows = torch.cat([shapes.draw_rows(200, g), shapes.draw_rows(200, g, new=True)])
+    return rows, shapes.paint(rows, g)
+
+
+# ---- captions
+
+
+def test_there_are_2328_captions_of_16_words():
+    assert len(CAPTIONS) == 24 + 4 * 24**2 and len(VOCABULARY) == len(set(VOCABULARY)) == 16
+    assert {word for caption in CAPTIONS for word in caption.split()} == set(VOCABULARY)
+    assert max(len(caption.split()) for caption in CAPTIONS) == shapes.WORDS == 8
+
+
+@pytest.mark.parametrize(
+    "caption, canonical",
+    [
+        ("a red circle", "a red circle"),
+        ("a red circle left of a blue square", "a red circle left of a blue square"),
+        ("a red circle right of a blue square", "a blue square left of a red circle"),
+        ("a black cross above a red cross", "a black cross above a red cross"),
+        ("a black cross  below a red cross", "a red cross above a black cross"),
+    ],
+)
+def test_captions_are_rendered_and_read_back(caption, canonical):
+    for seed in range(5):
+        x0 = shapes.render(caption, seeded(seed))
+        assert x0.shape == (3, 32, 32) and x0.min() >= -1 and x0.max() == 1
+        assert shapes.read(x0) == shapes.read(x0[None]) == [canonical]
+    assert torch.equal(shapes.render(caption, seeded(3)), shapes.render(caption, seeded(3)))
+    assert not torch.equal(shapes.render(caption, seeded(3)), shapes.render(caption, seeded(4)))
+
+
+@pytest.mark.parametrize(
+    "caption, says",
+    [
+        ("a pink circle", "unknown word 'pink'; the vocabulary is a, red, green"),
+        ("a circle red", "'a circle red' is not like 'a red circle' or"),
+        ("a red circle of a blue square", "is not like"),
+        ("", "is not like"),
+    ],
+)
+def test_bad_captions_say_what_is_good(caption, says):
+    with pytest.raises(ValueError, match=says):
+        shapes.render(caption)
+
+
+def test_conditions_tell_captions_apart_and_the_bag_is_coarse():
+    rows = torch.arange(len(CAPTIONS))
+    context, pooled = shapes.conditions_of(rows)
+    assert context.shape == (2328, 8, 24) and pooled.shape == (2328, 16)
+    assert (shapes.rows_of(context) == rows).all()
+    assert len(context.flatten(1).unique(dim=0)) == 2328  # c_ctxt tells them all
+    bag = lambda caption: pooled[shapes.row_of(caption)]
+    assert bag("a red circle above a blue square").equal(bag("a blue circle above a red square"))
+    assert not bag("a red circle above a blue square").equal(bag("a red circle below a blue square"))
+    assert (context[shapes.row_of("a red circle"), 3:] == 0).all()  # no word, no place
+
+
+def test_unseen_pairs_never_occur_in_training():
+    assert len(UNSEEN) == 6 and {colour for colour, _ in UNSEEN} == set(shapes.COLOURS)
+    rows = torch.cat([Shapes._examples(200, seeded(i))[1] for i in range(20)])
+    named = [CAPTIONS[[*CAPTIONS][row]][1] for row in shapes.rows_of(rows).tolist()]
+    assert not {pair for objects in named for pair in objects} & UNSEEN
+    assert {pair for objects in named for pair in objects} == set(PAIRS) - UNSEEN
+    alone = sum(len(objects) == 1 for objects in named) / len(named)
+    assert abs(alone - 0.2) < 5 * (0.16 / len(named)) ** 0.5
+    new = [CAPTIONS[[*CAPTIONS][row]][1] for row in shapes.draw_rows(500, seeded(), new=True)]
+    assert all(set(objects) & UNSEEN for objects in new)
+
+
+# ---- pictures
+
+
+def test_masks_have_the_areas_of_their_shapes():
+    areas = {"circle": np.pi * 25, "square": 81, "triangle": 0.55 * 100}
+    areas["cross"] = 2 * 10 * 3.2 - 3.2**2
+    for mask, name in zip(shapes.masks(), shapes.SHAPES, strict=True):
+        assert mask.sum().item() == pytest.approx(areas[name], rel=0.02)
+        assert ((mask > 0) & (mask < 1)).any()  # smooth edges
+        assert mask[0].sum() == mask[:, 0].sum() == 0 or name == "triangle"
+
+
+def test_objects_of_a_picture_do_not_overlap(pictures):
+    """So a picture of two is white plus the two differences, at all places."""
+    for layout, ((r1, c1), (r2, c2)) in list(shapes.LAYOUTS.items())[1:]:
+        last = lambda span: span[0] + span[1] - 1
+        gap = c2[0] - last(c1) if layout == "left of" else r2[0] - last(r1)
+        widest = max(mask.amax(0).nonzero().numel() for mask in shapes.masks())
+        assert gap >= widest or gap >= max(mask.amax(1).nonzero().numel() for mask in shapes.masks())
+    _, x0 = pictures
+    assert x0.min() == -1 and x0.max() == 1
+
+
+# ---- the reader
+
+
+@pytest.mark.parametrize("noise", [0, 0.1, 0.3])
+def test_real_pictures_are_read_400_times_of_400(pictures, noise):
+    rows, x0 = pictures
+    noisy = x0 + noise * torch.randn(x0.shape, generator=seeded(1))
+    shares = shapes.verdicts(rows, noisy)
+    assert shares == dict.fromkeys(shapes.KINDS, 1.0)
+    distance = shapes.nearest(noisy)[1]
+    assert (distance - noise).abs().max() < 0.02 * noise + 1e-3  # of the true picture
+
+
+def test_the_reader_finds_the_nearest_picture():
+    """Against every object drawn alone at every place, on inputs that are no pictures."""
+    x0 = torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
+    d = x0 - 1
+    alone = {}  # what an object explains: |d|^2 - |d - object|^2, by drawing it
+    spans = {span: range(span[0], sum(span)) for zones in shapes.LAYOUTS.values() for z in zones for span in z}
+    for zones in shapes.LAYOUTS.values():
+        for rows, columns in zones:
+            values = []
+            for k, (i, j) in itertools.product(range(24), itertools.product(spans[rows], spans[columns])):
+                drawn = shapes.placed_masks()[k % 4, i, j] * shapes.paints()[k // 4][:, None, None]
+                values.append((d**2 - (d - drawn) ** 2).flatten(1).sum(1))
+            values = torch.stack(values).reshape(24, -1, len(x0)).amax(1)
+            alone[rows, columns] = values.max(0)
+    totals = torch.stack([sum(alone[z].values for z in zones) for zones in shapes.LAYOUTS.values()])
+    best = totals.max(0)
+    captions, distance = shapes.nearest(x0)
+    expected = ((d**2).flatten(1).sum(1) - best.values) / d[0].numel()
+    torch.testing.assert_close(distance**2, expected, rtol=1e-4, atol=1e-5)
+    for i, k in enumerate(best.indices.tolist()):
+        zones = [*shapes.LAYOUTS.values()][k]
+        objects = [PAIRS[alone[z].indices[i]] for z in zones]
+        assert captions[i] == shapes.phrase([*shapes.LAYOUTS][k], *objects)
+
+
+def test_verdicts_by_hand():
+    want = lambda *captions: torch.tensor([shapes.row_of(c) for c in captions])
+    x0 = shapes.render("a red circle left of a blue square", seeded())[None]
+    for caption, right in (
+        ("a blue square right of a red circle", (1, 1, 1, 1)),
+        ("a blue circle left of a red square", (0, 1, 1, 1)),
+        ("a red circle above a blue square", (0, 1, 1, 0)),
+        ("a blue square left of a red circle", (0, 1, 1, 0)),
+        ("a red circle left of a blue cross", (0, 1, 0, 1)),
+        ("a red circle left of a green square", (0, 0, 1, 1)),
+        ("a red circle", (0, 0, 0, 0)),
+    ):
+        assert tuple(shapes.verdicts(want(caption), x0).values()) == right, caption
+
+
+# ---- a model of it
+
+
+def test_both_conditions_are_dropped_together():
+    cond = Shapes._examples(4000, seeded())[1:]
+    null = [torch.zeros(8, 24), torch.zeros(16)]
+    context, pooled = train.drop(cond, null, 0.1, seeded(1), Shapes.parts)
+    gone = (context == 0).flatten(1).all(1)
+    assert torch.equal(gone, (pooled == 0).all(1))
+    assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / 4000) ** 0.5
+    assert torch.equal(context[~gone], cond[0][~gone])
+
+
+def test_parts_of_conditions_are_dropped_by_themselves():
+    """As SD3's three encoders: two share tokens side by side in channels, one has its own tokens."""
+    cond = [torch.ones(20_000, 4, 5), torch.ones(20_000, 5)]
+    parts = [
+        [(0, slice(0, 2), slice(0, 3)), (1, slice(0, 3))],
+        [(0, slice(0, 2), slice(3, 5)), (1, slice(3, 5))],
+        [(0, slice(2, 4))],
+    ]
+    context, pooled = train.drop(cond, [torch.zeros(4, 5), torch.zeros(5)], 0.1, seeded(), parts)
+    gone = torch.stack([(context[:, :2, :3] == 0).flatten(1).all(1), (pooled[:, 3:] == 0).all(1),
+                        (context[:, 2:] == 0).flatten(1).all(1)])  # fmt: skip
+    assert torch.equal(gone[0], (pooled[:, :3] == 0).all(1))
+    assert torch.equal(gone[1], (context[:, :2, 3:] == 0).flatten(1).all(1))
+    for share, expected in ((gone.double().mean(1), 0.464), (gone.all(0).double().mean(), 0.1)):
+        assert (share - expected).abs().max() < 0.02
+    assert cond[0].min() == 1  # the data are not changed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Forty steps of a model of depth 1, by the command."""
+    out = tmp_path_factory.mktemp("shapes") / "run"
+    quick = dict(depth=1, steps=40, batch_size=8, warmup=2, log_every=10, eval_every=40, validation=8)
+    with pytest.MonkeyPatch.context() as patch:
+        own = Shapes.recipe
+        patch.setattr(Shapes, "recipe", staticmethod(lambda o: own(o) | quick | {"precision": "fp32"}))
+        patch.setattr(Shapes, "_right", few(Shapes._right))
+        patch.setattr(sys, "argv", ["train.py", "--dataset", "shapes", "--out", str(out)])
+        train.main()
+    return out
+
+
+def few(right):
+    return lambda self, model, n, new=False, **how: right(self, model, 4, new, **how)
+
+
+def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):
+    assert Image.open(model / "samples.png").size[0] > 800
+    assert "right" in (model / "log.jsonl").read_text()
+    monkeypatch.setattr(Shapes, "_right", few(Shapes._right))
+    sampler = sample.load(model / "checkpoint.pt")
+    Shapes(None).report(sampler, model)
+    printed = capsys.readouterr().out
+    for text in ("all right", "relation", "guidance 3, seen", "guidance 1, unseen"):
+        assert text in printed
+    assert sampler.cfg == 3.0
+
+
+def test_prompts_are_drawn_at_the_model_s_own_guidance(model, tmp_path, monkeypatch):
+    prompts = ["a red circle", "a blue square below a black cross"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    one, other = tmp_path / "one.npz", tmp_path / "other.npz"
+    for flags in (
+        ["--prompt", prompts[0], "--prompt", prompts[1], "--out", one],
+        ["--prompts", tmp_path / "prompts.txt", "--out", other, "--cfg", 3],
+        ["--prompt", *prompts, "--out", tmp_path / "x.png"],
+    ):
+        args = ["sample.py", model / "checkpoint.pt", "--steps", 2, *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in args])
+        sample.main()
+    arrays = np.load(one)
+    assert arrays["arr_0"].shape == (2, 32, 32, 3) and (arrays["arr_0"] == np.load(other)["arr_0"]).all()
+    rows = shapes.rows_of(torch.tensor(arrays["arr_1"]))
+    assert [[*CAPTIONS][row] for row in rows] == prompts
+    assert Image.open(tmp_path / "x.png").size[0] > 200
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--prompt", "a pink circle"], "unknown word 'pink'; the vocabulary is a, red"),
+        (["--prompts", "none.txt"], "none.txt"),
+        (["--label", "1"], "--label 1: this model takes a --prompt"),
+    ],
+    ids=" ".join,
+)
+def test_bad_prompts_are_one_line(model, tmp_path, monkeypatch, capsys, flags, says):
+    args = [model / "checkpoint.pt", *flags]
+    assert_one_line(in_process(sample.main, args, tmp_path, monkeypatch, capsys), says)
+
+
+def test_a_prompt_for_a_model_without_text_is_one_line(finished, tmp_path, monkeypatch, capsys):
+    args = [finished[0] / "checkpoint.pt", "--prompt", "a red circle"]
+    done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "--prompt 'a red circle': this model takes no text")
+
+
+@pytest.mark.parametrize("flags", [[], ["--guidance", "fixed", "--teacher-cfg", "3"]], ids=["sync", "fixed"])
+def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, flags):
+    monkeypatch.setattr(Shapes, "_right", few(Shapes._right))
+    args = ["--perflow", model / "checkpoint.pt", "--steps", 4, "--batch-size", 8, *flags]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "student")])
+    train.main()
+    printed = capsys.readouterr().out
+    assert "evaluations" in printed and "4 steps, 400 captions" in printed
+    student = sample.load(tmp_path / "student" / "checkpoint.pt")
+    assert student.cfg == (1.0 if flags else 3.0)
+    assert ("guidance 3, seen" in printed) == (not flags)
