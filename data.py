@@ -6,6 +6,7 @@ Batch n is a pure function of (seed, n, micro-batch), every example comes once a
 pickle is ever read. Images are in [-1, 1] for the network, latents as they are stored. Whoever has
 other data writes a class like `Cifar10` and a line in `sample.DATASETS`. Read next: `sample.py`."""
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -26,6 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import text as text_encoders
 from mmdit import ClassMMDiT, MMDiT
 from options import Count, Parser
 from pictures import draw_sheet, to_uint8
@@ -56,21 +59,40 @@ class Data:
     `classes`, and what else the class needs."""
 
     cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
-    parts: ClassVar[list | None] = None  # what training drops together, see `train.drop`
+    parts: ClassVar[list | None] = None  # what training drops together, see `drop`
 
     @classmethod
-    def conditions(
-        cls, spec: dict, n: int, label=None, data=None, prompts=(), generator=None
-    ) -> list[Tensor]:
+    def encode(cls, spec: dict, prompts: list[str], **how) -> tuple[list[Tensor], list | None]:
+        """Conditions of these texts, and their null ones, where the network does not know them."""
+        raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
+
+    @classmethod
+    def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
         """What n samples are drawn for: one label, or all in turn; nothing where there are none."""
-        if prompts:
-            raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
         classes = spec["classes"]
         if label is not None and not 0 <= label < classes:
             good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
             raise ValueError(f"--label {label} is out of range; {good}")
         labels = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
         return [labels] if classes else []
+
+    def drop(
+        self, cond: list[Tensor], null_cond: Sequence[Tensor], share: float, generator
+    ) -> list[Tensor]:
+        """Replace rows by the null condition, for classifier-free guidance: `share` of them lose
+        all. Each of n parts is dropped by itself, at the n-th root of the share. (SD3 drops its
+        three encoders at 46.4%, so that a tenth of the examples has none.) A part is a list of
+        (condition, *slices of its axes); by default each condition is one. Text that is stored in
+        float16 comes out in float32, as its null condition is."""
+        parts = self.parts or [[(i,)] for i in range(len(cond))]
+        kept = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
+        for part in parts:
+            chance = torch.rand(len(cond[0]), generator=generator, device=generator.device)
+            for i, *where in part:
+                view, null = kept[i][(slice(None), *where)], null_cond[i][tuple(where)]
+                dropped = (chance < share ** (1 / len(parts))).reshape(-1, *[1] * (view.dim() - 1))
+                view.copy_(torch.where(dropped, null, view))
+        return kept
 
     def metrics(self, model) -> dict[str, float]:
         """What log and bar show besides the losses."""
@@ -116,7 +138,7 @@ class Dataset(Data):
     def spec(self) -> dict:
         text = [list(c.shape[1:]) for c in self.cond] if len(self.cond) == 2 else [None, None]
         spec = dict(shape=list(self.x0.shape[1:]), classes=self.classes, names=self.names)
-        return spec | dict(context=text[0], pooled=text[1], meta=self.meta)
+        return spec | dict(context=text[0], pooled=text[1], meta=self.meta, network=None)
 
     def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
         """Which examples step n's micro-batch `micro` of `micros` has, (size,).
@@ -158,6 +180,7 @@ class Dataset(Data):
             raise ValueError(f"latents of {height} x {width} do not divide into patches of 2 x 2")
         size = max(height, width) // 2
         shape = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
+        shape |= spec.get("network") or {}  # of a released one
         if spec["context"]:
             text = dict(context_dim=spec["context"][-1], pooled_dim=spec["pooled"][-1])
             network = core = MMDiT(recipe.depth, **shape, **text)
@@ -169,10 +192,23 @@ class Dataset(Data):
         return network
 
     @classmethod
-    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
+    def encode(cls, spec, prompts, device="cpu", t5=True):
+        """By the encoders that meta.json names, which are freed again before the network runs."""
+        meta = spec["meta"] or {}
+        if not meta.get("text"):
+            return super().encode(spec, prompts)
+        how = t5 and meta.get("t5", True), device, meta["t5_tokens"]
+        context, pooled = text_encoders.load(meta["text"], *how)([*prompts, ""])
+        released = [context[-1], pooled[-1]] if spec["network"] else None  # ours were shown zeros
+        return [context[:-1], pooled[:-1]], released
+
+    @classmethod
+    def conditions(cls, spec, n, label=None, data=None, generator=None):
         """Of texts: those held out in the folder `data`, or none."""
-        if not spec["context"] or label is not None or prompts:
-            return super().conditions(spec, n, label, prompts=prompts)
+        if not spec["context"] or label is not None:
+            return super().conditions(spec, n, label)
+        if not data and (spec["meta"] or {}).get("text"):
+            raise ValueError("this model draws what a --prompt says: give it one")
         if not data:
             return [torch.zeros(n, *spec[key]) for key in ("context", "pooled")]
         texts = cls(cls.Options(data=data))
@@ -354,21 +390,30 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     return array
 
 
-def read_meta(path: File) -> tuple[dict, list[str] | None]:
-    """({scaling, shift, vae}, class names) of a meta.json. Each of them may be left out."""
-    meta = {"scaling": 1.0, "shift": 0.0, "vae": None, "classes": None}
+def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
+    """What `decode` and `Latents.encode` need of a meta.json, its class names, and the parts of its
+    text that training drops by themselves. Each may be left out."""
+    meta: dict = {"scaling": 1.0, "shift": 0.0, "vae": None, "classes": None, "parts": None}
+    meta |= {"text": None, "t5": True, "t5_tokens": 256}
     try:
         meta |= dict(json.loads(path.read_text(encoding="utf-8")))
         scaling, shift, names = float(meta["scaling"]), float(meta["shift"]), meta["classes"] or []
         good = scaling > 0 and math.isfinite(scaling + shift) and isinstance(names, list)
-        good = good and isinstance(meta["vae"], str | None)
-        good = good and all(isinstance(name, str) for name in names)
+        good = good and all(isinstance(meta[key], str | None) for key in ("vae", "text"))
+        good = good and all(isinstance(name, str) for name in names) and meta["t5_tokens"] > 0
+        parts = meta["parts"] and [
+            [(int(i), *(slice(*map(int, span)) for span in spans)) for i, *spans in part]
+            for part in meta["parts"]
+        ]
     except (ValueError, TypeError):
         good = False
     if not good:
         like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
         raise ValueError(f"{path} is not a JSON object like {like}")
-    return dict(scaling=scaling, shift=shift, vae=meta["vae"]), meta["classes"]
+    kept = dict(scaling=scaling, shift=shift, vae=meta["vae"])
+    if meta["text"]:
+        kept |= {key: meta[key] for key in ("text", "t5", "t5_tokens")}
+    return kept, meta["classes"], parts
 
 
 class Latents(Dataset):
@@ -385,7 +430,7 @@ class Latents(Dataset):
             raise ValueError("--dataset latents needs --data DIR")
         folder, cond = File(options.data), []
         x0 = open_array(folder / "latents.npy", "(N,C,H,W)", "float16")
-        meta, names = read_meta(folder / "meta.json")
+        meta, names, parts = read_meta(folder / "meta.json")
         N = len(x0)
         if N < 2 or not x0.size:
             raise ValueError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
@@ -408,7 +453,13 @@ class Latents(Dataset):
                 raise ValueError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
         held_out = max(1, min(1024, N // 20))
         super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
-        self.meta = meta
+        self.meta, self.parts = meta, parts if text else None
+        try:
+            _ = [cond[i][(0, *where)] for part in self.parts or () for i, *where in part]
+        except IndexError as error:
+            raise ValueError(
+                f"{folder}/meta.json: its parts are not of these texts: {error}"
+            ) from None
 
     @staticmethod
     def recipe(options):
@@ -451,65 +502,116 @@ def load_image(path: File, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)
 
 
+def listed(images: File, captioned: bool) -> tuple[list[File], list[str]]:
+    """The pictures FOLDER/CLASS/IMAGE.jpg with their classes; or FOLDER/[.../]IMAGE.jpg with their
+    captions, from IMAGE.txt or the lines {"file_name", "text"} of FOLDER/metadata.jsonl."""
+    kinds, where = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}, "[!.]*/[!.]*"
+    found = [*images.glob(where), *(images.rglob("[!.]*") if captioned else ())]
+    files = sorted({file for file in found if file.suffix.lower() in kinds})
+    if len(files) < 2:
+        raise ValueError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
+    if not captioned:
+        return files, [file.parent.name for file in files]
+    known, table = {}, images / "metadata.jsonl"
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+        known = {row["file_name"]: str(row["text"]) for row in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{table} has no lines of file_name and text: {error}") from None
+    for name, file in [(str(file.relative_to(images)), file) for file in files]:
+        if file.with_suffix(".txt").exists():
+            known[name] = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        if name not in known:
+            raise ValueError(f"{name} has no caption: no .txt beside it, no line in {table.name}")
+    return files, [known[str(file.relative_to(images))] for file in files]
+
+
+@contextlib.contextmanager
+def growing(out: File, shapes: dict[str, tuple], n: int, batch: int):
+    """(rows that are there, append): float16 arrays (n, *shape) that grow together, a batch at a
+    time, as NAME.npy.part, and get their names when all are whole."""
+    with contextlib.ExitStack() as stack:
+        files, there = [], []
+        for name, shape in shapes.items():
+            (out / f"{name}.npy.part").touch()
+            file = stack.enter_context((out / f"{name}.npy.part").open("r+b"))
+            layout = {"descr": "<f2", "fortran_order": False, "shape": (n, *shape)}
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, layout)
+            files.append((file, file.tell(), 2 * math.prod(shape)))
+            there.append(max(0, size - file.tell()) // files[-1][2])
+        done = min(there) // batch * batch
+        for file, start, row in files:
+            file.truncate(file.seek(start + done * row))
+
+        def append(arrays: Sequence[Tensor]) -> None:
+            for array, (file, *_) in zip(arrays, files, strict=True):
+                file.write(array.half().cpu().numpy().tobytes())
+                file.flush()
+
+        yield done, append
+        for file, *_ in files:
+            os.fsync(file.fileno())
+    for name in reversed(shapes):  # the first one last: with it all are whole
+        (out / f"{name}.npy.part").replace(out / f"{name}.npy")
+
+
 @torch.no_grad()
 def encode(
     *,
     images: Annotated[str, "a folder with a folder of pictures for each class"],
     out: Annotated[str, "the folder of latents to write or go on with"],
-    vae: Annotated[str, "a diffusers VAE: folder, ORG/NAME[/SUBFOLDER]"],
+    vae: Annotated[
+        str | None, "a diffusers VAE: folder, ORG/NAME[/SUBFOLDER] (or TEXT/vae)"
+    ] = None,
+    text: Annotated[str | None, "encode captions, too, by the encoders of this SD3 folder"] = None,
+    no_t5: Annotated[bool, "leave the largest of them out"] = False,
     size: Annotated[Count, "pixels a side"] = 256,
     batch_size: Annotated[Count, "images at once"] = 16,
     device: Annotated[str | None, "cpu, cuda, cuda:1 (default: cuda if there)"] = None,
 ) -> None:
-    """Images FOLDER/CLASS/*.jpg -> a folder for `Latents`; stopped, it goes on with the same call.
+    """Images -> a folder for `Latents`; stopped, it goes on with the same call.
     Latents are the mean of the VAE's posterior (the paper is silent; a sample would not resume to
-    the same file). They are appended to latents.npy.part, which gets its name when it is whole."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    images, out, model = File(images), File(out), load_vae(vae, device)
+    the same file)."""
+    if not (vae or text):
+        raise ValueError("encode needs --vae, or --text of a folder that has one")
+    device, vae = device or ("cuda" if torch.cuda.is_available() else "cpu"), vae or f"{text}/vae"
+    model, out = load_vae(vae, device), File(out)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if size % factor:
         raise ValueError(f"--size {size} is not a multiple of {factor}, the VAE's patch")
-    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    files = sorted(f for f in images.glob("[!.]*/[!.]*") if f.suffix.lower() in kinds)
-    if len(files) < 2:
-        raise ValueError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
-    classes, labels = np.unique([f.parent.name for f in files], return_inverse=True)
-    listing = "\n".join(f"{f.parent.name}/{f.name}" for f in files)
-    meta = {
-        "scaling": model.config.scaling_factor,
-        "shift": model.config.shift_factor or 0.0,
-        "vae": vae,
-        "images": f"{size} pixels, sha256 {hashlib.sha256(listing.encode()).hexdigest()}",
-        "classes": classes.tolist(),
-    }
-    part, described = out / "latents.npy.part", out / "meta.json"
+    files, told = listed(File(images), bool(text))
+    listing = [f"{file.parent.name}/{file.name}" for file in files] + told * bool(text)
+    digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    meta = dict(scaling=model.config.scaling_factor, shift=model.config.shift_factor or 0.0)
+    meta |= dict(vae=vae, images=f"{size} pixels, sha256 {digest}")
+    shapes = {"latents": (model.config.latent_channels, size // factor, size // factor)}
+    classes, labels = np.unique(told, return_inverse=True)
+    if text:
+        encoder = text_encoders.load(text, not no_t5, device)
+        empty = dict(zip(("context", "pooled"), encoder([""]), strict=True))
+        shapes |= {name: tuple(x.shape[1:]) for name, x in empty.items()}
+        meta |= dict(text=text, t5=not no_t5, t5_tokens=encoder.t5_tokens, parts=encoder.parts)
+    else:
+        meta["classes"] = classes.tolist()
+    described = out / "meta.json"
     if (out / "latents.npy").exists():
         raise ValueError(f"--out {out} holds latents already; another --out keeps them")
-    if not part.exists():
+    if not (out / "latents.npy.part").exists():
         out.mkdir(parents=True, exist_ok=True)
-        np.save(out / "labels.npy", labels)
+        if not text:
+            np.save(out / "labels.npy", labels)
         described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        part.touch()
     elif json.loads(described.read_text(encoding="utf-8")) != meta:
-        raise ValueError(f"{part} is of other images, --size or --vae; remove it to start again")
-    shape = (len(files), model.config.latent_channels, size // factor, size // factor)
-    layout = {"descr": "<f2", "fortran_order": False, "shape": shape}
-    with part.open("r+b") as file, ThreadPoolExecutor(8) as threads:
-        np.lib.format.write_array_header_1_0(file, layout)
-        start, row = file.tell(), 2 * math.prod(shape[1:])
-        done = max(0, part.stat().st_size - start) // row // batch_size * batch_size
-        file.truncate(file.seek(start + done * row))
-        with tqdm(total=len(files), initial=done, desc=str(out), unit="image") as bar:
-            for i in range(done, len(files), batch_size):
-                batch = files[i : i + batch_size]
-                x = np.stack(list(threads.map(load_image, batch, [size] * len(batch))))
-                x = Cifar10.prepare(torch.from_numpy(x).to(device))
-                z = (model.encode(x).latent_dist.mean - meta["shift"]) * meta["scaling"]
-                file.write(z.half().cpu().numpy().tobytes())
-                file.flush()
-                bar.update(len(batch))
-        os.fsync(file.fileno())
-    part.replace(out / "latents.npy")
+        raise ValueError(f"{out} is of other images, --size, --vae or --text; take another --out")
+    grow = growing(out, shapes, len(files), batch_size)
+    with ThreadPoolExecutor(8) as threads, grow as (done, append):
+        for i in tqdm(range(done, len(files), batch_size), desc=str(out), unit="batch"):
+            rows = slice(i, i + batch_size)
+            x = np.stack([*threads.map(lambda file: load_image(file, size), files[rows])])
+            z = model.encode(Cifar10.prepare(torch.from_numpy(x).to(device))).latent_dist.mean
+            append([(z - meta["shift"]) * meta["scaling"], *(encoder(told[rows]) if text else ())])
 
 
 @torch.no_grad()

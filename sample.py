@@ -1,6 +1,8 @@
-"""From a checkpoint to samples: load, guide, solve, write.
+"""From a checkpoint, or a released SD3, to samples: load, guide, solve, write.
 
     python sample.py runs/toy2d/checkpoint.pt --num 5000 --steps 20 --out samples.png
+    python sample.py runs/shapes/checkpoint.pt --prompt "a red circle left of a blue square"
+    python sample.py SD3_FOLDER --prompt "a red cube on a blue sphere" --steps 28 --cfg 5
 
 A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is executed.
 Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs three lines:
@@ -11,10 +13,11 @@ Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs th
 
 Read next: `train.py`, which writes the checkpoints."""
 
+import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as File
 from typing import Annotated, Any, Literal
 
@@ -22,7 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import text
 from data import DATA, Cifar10, Latents, seeded
+from mmdit import HEAD_DIM
 from options import Count, Recipe, command, names, pick
 from perflow import PeRFlow, plug
 from rf import SOLVERS, Field, formulation, guide
@@ -155,10 +160,10 @@ def read(path: str | File, kind: str = "checkpoint") -> dict:
     return content
 
 
-def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
+def load_weights(network: nn.Module, state: dict, origin: str | File, assign=False) -> None:
     """Strict, with a one-line ValueError where the weights are another network's."""
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{origin} holds the weights of another network: {reason[:200]}") from None
@@ -166,7 +171,11 @@ def load_weights(network: nn.Module, state: dict, origin: str | File) -> None:
 
 def load(path: str | File, device: str | torch.device = "cpu", network=None) -> Sampler:
     """A Sampler from a checkpoint, with EMA weights; `network` is for weights of one's own network.
+    Or from a released SD3: its folder, its name on the hub, or the transformer's .safetensors file.
     ValueError where the file is missing, damaged or no checkpoint."""
+    hub = "/" in str(path) and not str(path).endswith(".pt") and not File(path).exists()
+    if hub or File(path).is_dir() or str(path).endswith(".safetensors"):
+        return load_released(str(path), check_device(device))
     checkpoint = read(path)
     config = checkpoint["config"]
     if network is None:
@@ -174,6 +183,40 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
     network = network.to(check_device(device)).eval().requires_grad_(False)
     return Sampler(network, objective_of(config), config, checkpoint["step"])
+
+
+def load_released(path: str, device: torch.device) -> Sampler:
+    """SD3 as released: a rectified flow with shift 3, in bf16 on a GPU.
+    Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
+    smallest sigma twice and ends with a step from 0.009 to 0."""
+    single = path.endswith(".safetensors")
+    folder = File(path).parent if single else text.open_folder(path, t5=False)
+    state = text.released_names(text.read_weights(File(path) if single else folder / "transformer"))
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    shape = dict(in_channels=channels, patch_size=patch, qk_norm=any("ln_q" in k for k in state))
+    shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
+    context, pooled = (
+        state[f"{k}.weight"].shape[1] for k in ("context_embedder", "y_embedder.mlp.0")
+    )
+    try:
+        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} has no vae/config.json of an SD3: {error}") from None
+    meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
+    spec = dict(shape=[channels, 1024 // factor, 1024 // factor], classes=0, names=None, meta=meta)
+    spec |= dict(context=[77 + 256, context], pooled=[pooled], network=shape)
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    recipe = Recipe(shift=3.0, depth=width // HEAD_DIM, precision=precision)
+    config = asdict(recipe) | dict(dataset="latents", objective=None, teacher=None, spec=spec)
+    with torch.device("meta"):
+        network = Latents.network(spec, recipe)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    load_weights(network, {key: w.to(dtype) for key, w in state.items()}, path, assign=True)
+    network.null_cond = (torch.zeros(1, context), torch.zeros(pooled))
+    network = network.to(device).eval().requires_grad_(False)
+    return Sampler(network, formulation("rf", 3.0), config)
 
 
 def plugged(sampler: Sampler, file: str | File) -> Sampler:
@@ -224,18 +267,30 @@ def run(
     data: Annotated[str | None, "a folder of latents whose held-out texts are drawn"] = None,
     out: Annotated[File, "a .png picture or an .npz of arrays"] = File("samples.png"),
     device: Annotated[str | None, "cpu, cuda, cuda:1, mps (default: cuda if there)"] = None,
+    size: Annotated[Count | None, "pixels a side, of a released SD3 (default: 1024)"] = None,
+    no_t5: Annotated[bool, "leave SD3's largest text encoder out"] = False,
 ) -> None:
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out {out} must end in .png or .npz")
     if out.parent.is_dir() and not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: {out.parent} is not writable")
-    sampler = load(checkpoint, check_device(device))
+    where, texts = check_device(device), list(prompt or [])
+    if prompts:
+        texts += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    sampler = load(checkpoint)  # to the CPU: the text encoders need the device first
     sampler = plugged(sampler, plug) if plug else sampler
     kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
-    texts = (prompt or []) + (prompts.read_text(encoding="utf-8").splitlines() if prompts else [])
+    if size:
+        spec["shape"][1:] = [text.latent_size(spec, size)] * 2
     n = num or len(texts) or (100 if len(spec["shape"]) == 3 else 2000)
-    cond = kind.conditions(spec, n, label, data, texts, seeded(seed, 0, 0, DATA))
+    if texts:
+        cond, null_cond = kind.encode(spec, texts, device=where, t5=not no_t5)
+        cond = [c[torch.arange(n) % len(c)] for c in cond]
+        sampler.network.null_cond = null_cond or sampler.network.null_cond
+    else:
+        cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
     out.parent.mkdir(parents=True, exist_ok=True)
+    sampler.network.to(where)
     x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
     print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")
 

@@ -258,13 +258,14 @@ class Shapes(Data):
         return network
 
     @classmethod
-    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
-        """Of these captions in turn, or of drawn ones, of seen and unseen pairs."""
+    def encode(cls, spec, prompts, **how):
+        return conditions_of(torch.tensor([row_of(prompt) for prompt in prompts])), None
+
+    @classmethod
+    def conditions(cls, spec, n, label=None, data=None, generator=None):
+        """Of drawn captions, half of them of unseen pairs."""
         if label is not None:
             raise ValueError(f"--label {label}: this model takes a --prompt")
-        if prompts:
-            rows = torch.tensor([row_of(prompt) for prompt in prompts])
-            return conditions_of(rows[torch.arange(n) % len(rows)])
         halves = draw_rows(n - n // 2, generator), draw_rows(n // 2, generator, new=True)
         return conditions_of(torch.cat(halves))
 

@@ -360,10 +360,10 @@ class Toy(Data):
         return ClassMMDiT(spec["classes"], recipe.depth, **shape)
 
     @classmethod
-    def conditions(cls, spec, n, label=None, data=None, prompts=(), generator=None):
+    def conditions(cls, spec, n, label=None, data=None, generator=None):
         """Labels, where none is asked for, are as frequent as their modes."""
-        if label is not None or prompts or not spec["classes"]:
-            return super().conditions(spec, n, label, prompts=prompts)
+        if label is not None or not spec["classes"]:
+            return super().conditions(spec, n, label)
         return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
 
     @classmethod

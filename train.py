@@ -46,7 +46,7 @@ from sample import DATASETS, OBJECTIVES, Sampler, autocast
 
 # ---- The configuration
 MAY_CHANGE = {"steps", "accumulate", "compile", "data", "download"}  # when a run is resumed
-OF_TEACHER = {"dataset", "formulation", "shift", "depth"}  # a student's; so are the data's options
+OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights keeps
 
 
 def make_parser() -> Parser:
@@ -62,6 +62,7 @@ def make_parser() -> Parser:
     add("--dataset", help=f"one of {', '.join(DATASETS)} (default: toy2d)")
     for name in OBJECTIVES:
         add(f"--{name}", metavar="TEACHER", help=f"train a {name} student of this checkpoint")
+    add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
     add("--resume", action="store_true", default=None, help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
@@ -72,42 +73,60 @@ def make_parser() -> Parser:
     return parser
 
 
-def configure(given: dict) -> tuple[dict, File, dict | None]:
-    """(configuration, folder, the checkpoint to go on from or None) of the flags that were given.
-    A configuration starts from the values of its origin: nothing for a new run, the run that is
-    resumed, or a student's teacher. Then come those that data and objective change, then the flags.
-    Its keys: the fields of Recipe and of both Options, dataset, objective, teacher, and spec.
-    ValueError on bad flags."""
+def configure(given: dict) -> tuple[dict, File, dict | None, Sampler | None]:
+    """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags
+    that were given. ValueError on bad ones."""
     objective = next((name for name in OBJECTIVES if name in given), None)
-    teacher, resume, checkpoint = given.get(objective), given.get("resume"), None
-    flags = {k: v for k, v in given.items() if k not in ("out", "resume", "device", objective)}
-    origin = sample.load(teacher).config if teacher and not resume else {}
+    teacher, init, resume = given.get(objective), given.get("init"), given.get("resume")
+    if init and (teacher or resume):
+        raise ValueError(f"--init {init} is for a new run that is no student's")
+    start, whose = sample.load(teacher or init) if teacher or init else None, teacher or init
+    origin = start.config if start else {}
     if origin.get("objective"):
-        raise ValueError(f"--{objective} {teacher} is itself a student; take its teacher")
-    name = flags.get("dataset", origin.get("dataset", "toy2d"))
-    base = f"{name}-{objective}" if objective else name
-    folder = lambda n: File("runs") / (f"{base}-{n}" if n > 1 else base)
-    taken = lambda n: (folder(n) / "checkpoint.pt").exists()
-    free = next(n for n in itertools.count(1) if not taken(n))
+        raise ValueError(f"{whose} is itself a student; take its teacher")
+    own = ("out", "resume", "device", "init", objective)
+    flags = {key: value for key, value in given.items() if key not in own}
+    name, checkpoint = flags.get("dataset", origin.get("dataset", "toy2d")), None
+    folder = lambda n: File("runs") / "-".join(filter(None, (name, objective, n > 1 and str(n))))
+    free = next(n for n in itertools.count(1) if not (folder(n) / "checkpoint.pt").exists())
     out = given.get("out") or folder(free - 1 if resume else free)
     if resume:
-        checkpoint = sample.read(out / "checkpoint.pt")
+        checkpoint, whose = sample.read(out / "checkpoint.pt"), f"the run in {out}"
         origin = checkpoint["config"]
         if teacher and origin["objective"] != objective:
             raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
         name, objective = flags.get("dataset", origin["dataset"]), origin["objective"]
+        teacher = teacher or origin["teacher"]
+        start = start or (sample.load(teacher) if teacher else None)
+        if flags.get("steps", origin["steps"]) < checkpoint["step"]:
+            at = f"{out} is at step {checkpoint['step']} already"
+            raise ValueError(f"--steps {flags['steps']}: {at}")
     elif (out / "checkpoint.pt").exists() and int(os.environ.get("RANK", 0)) == 0:
         raise ValueError(f"--out {out} holds a run already: --resume it, or take another --out")
+    config = compose(flags, name, objective, origin, bool(resume), whose)
+    return config | {"teacher": teacher}, out, checkpoint, start
+
+
+def compose(flags: dict, name: str, objective: str | None, origin: dict, resume: bool, whose: str):
+    """The configuration as plain values: the fields of Recipe and of both Options, dataset,
+    objective and spec. It starts from the values of its origin: the run that is resumed, a
+    student's teacher, or what tells the network of the model that is fine-tuned. Then come those
+    that data and objective change, then the flags."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     kind, learner = DATASETS[name], OBJECTIVES.get(objective)
     options = pick(kind.Options, origin | flags)
     student = pick(learner.Options, origin | flags) if learner else None
-    changes = kind.distil | learner.recipe(student) if learner else kind.recipe(options)
-    recipe = pick(Recipe, origin | ({} if resume else changes) | flags)
-    config = origin | asdict(recipe) | asdict(options) | (asdict(student) if student else {})
-    config |= dict(dataset=name, objective=objective, teacher=teacher or origin.get("teacher"))
-    fixed = (flags.keys() if resume else OF_TEACHER | names(kind.Options)) - MAY_CHANGE
+    values, fixed = origin, origin.keys() - MAY_CHANGE
+    if not resume and learner:
+        values = origin | kind.distil | learner.recipe(student)
+        fixed = OF_NETWORK | {"shift"} | names(kind.Options) - MAY_CHANGE
+    elif not resume:
+        fixed = OF_NETWORK & origin.keys()
+        values = kind.recipe(options) | {key: origin[key] for key in fixed}
+    config = asdict(pick(Recipe, values | flags)) | asdict(options)
+    config |= asdict(student) if student else {}
+    config |= dict(dataset=name, objective=objective, spec=origin.get("spec"))
     for flag, value in flags.items():
         shown = f"--{flag.replace('_', '-')}" + f" {value}" * (value is not True)
         if flag not in config:
@@ -115,37 +134,11 @@ def configure(given: dict) -> tuple[dict, File, dict | None]:
             owners += [f"--{n} TEACHER" for n, k in OBJECTIVES.items() if flag in names(k.Options)]
             raise ValueError(f"{shown} needs {' or '.join(owners)}")
         if origin and flag in fixed and config[flag] != origin[flag]:
-            whose = f"the run in {out}" if resume else "its teacher"
             raise ValueError(f"{shown} differs from {whose}, which has {str(origin[flag])[:80]}")
-    if resume and recipe.steps < checkpoint["step"]:
-        raise ValueError(f"--steps {recipe.steps}: {out} is at step {checkpoint['step']} already")
-    return config, out, checkpoint
+    return config
 
 
 # ---- The examples (z, t, target, *cond): a pure function of (seed, step, micro-batch)
-def drop(
-    cond: list[Tensor],
-    null_cond: Sequence[Tensor],
-    share: float,
-    generator,
-    parts: list | None = None,
-) -> list[Tensor]:
-    """Replace rows by the null condition, for classifier-free guidance: `share` of them lose all.
-    Each of n parts is dropped by itself, at the n-th root of the share. (SD3 drops its three
-    encoders at 46.4%, so that a tenth of the examples has none.) A part is a list of (condition,
-    *slices of its axes); by default each condition is one. Text that is stored in float16 comes out
-    in float32, as its null condition is."""
-    parts = parts or [[(i,)] for i in range(len(cond))]
-    kept = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
-    for part in parts:
-        chance = torch.rand(len(cond[0]), generator=generator, device=generator.device)
-        for i, *where in part:
-            view, null = kept[i][(slice(None), *where)], null_cond[i][tuple(where)]
-            dropped = (chance < share ** (1 / len(parts))).reshape(-1, *[1] * (view.dim() - 1))
-            view.copy_(torch.where(dropped, null, view))
-    return kept
-
-
 def batches(
     data, objective, recipe: Recipe, null_cond: Sequence[Tensor] = (),
     start: int = 0, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
@@ -164,7 +157,7 @@ def batches(
             x0, *cond = data.batch(recipe.seed, n, size, micro, micros, device)
             generator = seeded(recipe.seed, n, micro, NOISE, device)
             if null_cond:
-                cond = drop(cond, null_cond, recipe.dropout, generator, data.parts)
+                cond = data.drop(cond, null_cond, recipe.dropout, generator)
             rows = objective.examples(x0, *cond, generator=generator)
             streams.append(zip(*(x.split(len(x) // block) for x in rows), strict=True))
         return list(zip(*streams, strict=True))
@@ -391,16 +384,13 @@ def launch(given: dict, parser: Parser) -> str | int | None:
     """A whole run. Returns None, or what the process exits with: a message or a signal's code."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     with parser.one_line_errors():
-        config, out, checkpoint = configure(given)
+        config, out, checkpoint, start = configure(given)
         recipe = pick(Recipe, config)
         device = sample.check_device(given.get("device"))
         kind = DATASETS[config["dataset"]]
         data = kind(pick(kind.Options, config))
-        if config.get("spec", data.spec()) != data.spec():
-            trained = config["teacher"] or out
-            raise ValueError(f"the data in {config.get('data')} are not those of {trained}")
-        config["spec"] = data.spec()
-        teacher = sample.load(config["teacher"], device) if config["teacher"] else None
+        config["spec"] = compared(data.spec(), config["spec"], config["teacher"] or str(out))
+        teacher = start if config["teacher"] else None
         objective = sample.objective_of(config, teacher and teacher.guided)
         parts = world * recipe.accumulate * objective.reuse
         if recipe.batch_size % parts:
@@ -408,10 +398,13 @@ def launch(given: dict, parser: Parser) -> str | int | None:
             raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
         torch.manual_seed(recipe.seed)
         network = kind.network(config["spec"], recipe).to(device)
+        if start:
+            origin = config["teacher"] or given["init"]
+            sample.load_weights(network, start.network.state_dict(), origin)
         if teacher:
+            teacher.network.to(device)
             if config.get("teacher_cfg", 1.0) != 1:
                 teacher.cfg = config["teacher_cfg"]
-            network.load_state_dict(teacher.network.state_dict())
         state = State(network, recipe)
         if checkpoint:
             state.load(checkpoint, out)
@@ -442,6 +435,15 @@ def launch(given: dict, parser: Parser) -> str | int | None:
     data.report(run.sampler, out, teacher)
     few = f" --steps {objective.fewest}" if teacher else ""
     print(f"next: python sample.py {out}/checkpoint.pt{few} --out samples.png")
+
+
+def compared(spec: dict, known: dict | None, whose: str) -> dict:
+    """The spec of the data, which must be those of the run that is resumed or of the teacher. A
+    released model was trained on data that nobody has: only its network counts."""
+    released = (known or {}).get("network")
+    if known and not released and known != spec:
+        raise ValueError(f"these data are not those of {whose}")
+    return spec | {"network": released} if released else spec
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -247,6 +247,7 @@ def test_latents_with_labels(tmp_path):
         "context": None,
         "pooled": None,
         "meta": meta,
+        "network": None,
     }
     assert isinstance(latents.x0, np.memmap)
     assert read_latents(write_latents(tmp_path)).spec()["classes"] == 5  # by the labels themselves
@@ -450,7 +451,7 @@ def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
     with pytest.raises(FileNotFoundError, match=r"latents.npy is missing"):
         read_latents(tmp_path / "stopped")
     part.write_bytes(raw + b"\1" * torn if torn >= 0 else raw[:torn][:50])
-    with pytest.raises(ValueError, match="of other images, --size or --vae"):
+    with pytest.raises(ValueError, match="of other images, --size, --vae or --text"):
         encode(out=tmp_path / "stopped", size=16)
     calls.clear()
     monkeypatch.setattr(data, "load_image", lambda p, s: calls.append(p) or load(p, s))

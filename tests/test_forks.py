@@ -107,7 +107,7 @@ def test_an_unknown_data_set_in_a_checkpoint_is_one_line(
     capsys.readouterr()
     args = [tmp_path / "run" / "checkpoint.pt"]
     done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
-    assert_one_line(done, "unknown dataset 'digits'; known are toy2d, cifar10, latents")
+    assert_one_line(done, "unknown dataset 'digits'; known are toy2d, shapes, cifar10, latents")
 
 
 # ---- B: a formulation is one line, tested by every test that runs over the names

@@ -12,6 +12,7 @@ from test_train import assert_one_line, in_process
 import sample
 import shapes
 import train
+from data import Data
 from shapes import CAPTIONS, PAIRS, UNSEEN, VOCABULARY, Shapes
 
 
@@ -77,7 +78,9 @@ def test_conditions_tell_captions_apart_and_the_bag_is_coarse():
     assert len(context.flatten(1).unique(dim=0)) == 2328  # c_ctxt tells them all
     bag = lambda caption: pooled[shapes.row_of(caption)]
     assert bag("a red circle above a blue square").equal(bag("a blue circle above a red square"))
-    assert not bag("a red circle above a blue square").equal(bag("a red circle below a blue square"))
+    assert not bag("a red circle above a blue square").equal(
+        bag("a red circle below a blue square")
+    )
     assert (context[shapes.row_of("a red circle"), 3:] == 0).all()  # no word, no place
 
 
@@ -101,7 +104,8 @@ def test_masks_have_the_areas_of_their_shapes():
     areas["cross"] = 2 * 10 * 3.2 - 3.2**2
     for mask, name in zip(shapes.masks(), shapes.SHAPES, strict=True):
         assert mask.sum().item() == pytest.approx(areas[name], rel=0.02)
-        assert ((mask > 0) & (mask < 1)).any()  # smooth edges
+        smooth = ((mask > 0) & (mask < 1)).any()
+        assert smooth or name == "square"  # whose edges lie between pixels
         assert mask[0].sum() == mask[:, 0].sum() == 0 or name == "triangle"
 
 
@@ -111,7 +115,9 @@ def test_objects_of_a_picture_do_not_overlap(pictures):
         last = lambda span: span[0] + span[1] - 1
         gap = c2[0] - last(c1) if layout == "left of" else r2[0] - last(r1)
         widest = max(mask.amax(0).nonzero().numel() for mask in shapes.masks())
-        assert gap >= widest or gap >= max(mask.amax(1).nonzero().numel() for mask in shapes.masks())
+        assert gap >= widest or gap >= max(
+            mask.amax(1).nonzero().numel() for mask in shapes.masks()
+        )
     _, x0 = pictures
     assert x0.min() == -1 and x0.max() == 1
 
@@ -126,7 +132,8 @@ def test_real_pictures_are_read_400_times_of_400(pictures, noise):
     shares = shapes.verdicts(rows, noisy)
     assert shares == dict.fromkeys(shapes.KINDS, 1.0)
     distance = shapes.nearest(noisy)[1]
-    assert (distance - noise).abs().max() < 0.02 * noise + 1e-3  # of the true picture
+    spread = noise / (2 * 3 * 32 * 32) ** 0.5  # of the rms of so many normal values
+    assert (distance - noise).abs().max() < 5 * spread + 1e-3  # the distance to the true picture
 
 
 def test_the_reader_finds_the_nearest_picture():
@@ -134,11 +141,18 @@ def test_the_reader_finds_the_nearest_picture():
     x0 = torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
     d = x0 - 1
     alone = {}  # what an object explains: |d|^2 - |d - object|^2, by drawing it
-    spans = {span: range(span[0], sum(span)) for zones in shapes.LAYOUTS.values() for z in zones for span in z}
+    spans = {
+        span: range(span[0], sum(span))
+        for zones in shapes.LAYOUTS.values()
+        for z in zones
+        for span in z
+    }
     for zones in shapes.LAYOUTS.values():
         for rows, columns in zones:
             values = []
-            for k, (i, j) in itertools.product(range(24), itertools.product(spans[rows], spans[columns])):
+            for k, (i, j) in itertools.product(
+                range(24), itertools.product(spans[rows], spans[columns])
+            ):
                 drawn = shapes.placed_masks()[k % 4, i, j] * shapes.paints()[k // 4][:, None, None]
                 values.append((d**2 - (d - drawn) ** 2).flatten(1).sum(1))
             values = torch.stack(values).reshape(24, -1, len(x0)).amax(1)
@@ -175,7 +189,7 @@ def test_verdicts_by_hand():
 def test_both_conditions_are_dropped_together():
     cond = Shapes._examples(4000, seeded())[1:]
     null = [torch.zeros(8, 24), torch.zeros(16)]
-    context, pooled = train.drop(cond, null, 0.1, seeded(1), Shapes.parts)
+    context, pooled = Shapes(Shapes.Options()).drop(cond, null, 0.1, seeded(1))
     gone = (context == 0).flatten(1).all(1)
     assert torch.equal(gone, (pooled == 0).all(1))
     assert abs(gone.double().mean() - 0.1) < 5 * (0.09 / 4000) ** 0.5
@@ -183,14 +197,16 @@ def test_both_conditions_are_dropped_together():
 
 
 def test_parts_of_conditions_are_dropped_by_themselves():
-    """As SD3's three encoders: two share tokens side by side in channels, one has its own tokens."""
+    """As SD3's three encoders: two share tokens in channels, the third has tokens of its own."""
     cond = [torch.ones(20_000, 4, 5), torch.ones(20_000, 5)]
     parts = [
         [(0, slice(0, 2), slice(0, 3)), (1, slice(0, 3))],
         [(0, slice(0, 2), slice(3, 5)), (1, slice(3, 5))],
         [(0, slice(2, 4))],
     ]
-    context, pooled = train.drop(cond, [torch.zeros(4, 5), torch.zeros(5)], 0.1, seeded(), parts)
+    data = Data()
+    data.parts = parts
+    context, pooled = data.drop(cond, [torch.zeros(4, 5), torch.zeros(5)], 0.1, seeded())
     gone = torch.stack([(context[:, :2, :3] == 0).flatten(1).all(1), (pooled[:, 3:] == 0).all(1),
                         (context[:, 2:] == 0).flatten(1).all(1)])  # fmt: skip
     assert torch.equal(gone[0], (pooled[:, :3] == 0).all(1))
@@ -204,10 +220,14 @@ def test_parts_of_conditions_are_dropped_by_themselves():
 def model(tmp_path_factory):
     """Forty steps of a model of depth 1, by the command."""
     out = tmp_path_factory.mktemp("shapes") / "run"
-    quick = dict(depth=1, steps=40, batch_size=8, warmup=2, log_every=10, eval_every=40, validation=8)
+    quick = dict(
+        depth=1, steps=40, batch_size=8, warmup=2, log_every=10, eval_every=40, validation=8
+    )
     with pytest.MonkeyPatch.context() as patch:
         own = Shapes.recipe
-        patch.setattr(Shapes, "recipe", staticmethod(lambda o: own(o) | quick | {"precision": "fp32"}))
+        patch.setattr(
+            Shapes, "recipe", staticmethod(lambda o: own(o) | quick | {"precision": "fp32"})
+        )
         patch.setattr(Shapes, "_right", few(Shapes._right))
         patch.setattr(sys, "argv", ["train.py", "--dataset", "shapes", "--out", str(out)])
         train.main()
@@ -243,7 +263,10 @@ def test_prompts_are_drawn_at_the_model_s_own_guidance(model, tmp_path, monkeypa
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in args])
         sample.main()
     arrays = np.load(one)
-    assert arrays["arr_0"].shape == (2, 32, 32, 3) and (arrays["arr_0"] == np.load(other)["arr_0"]).all()
+    assert (
+        arrays["arr_0"].shape == (2, 32, 32, 3)
+        and (arrays["arr_0"] == np.load(other)["arr_0"]).all()
+    )
     rows = shapes.rows_of(torch.tensor(arrays["arr_1"]))
     assert [[*CAPTIONS][row] for row in rows] == prompts
     assert Image.open(tmp_path / "x.png").size[0] > 200
@@ -269,11 +292,15 @@ def test_a_prompt_for_a_model_without_text_is_one_line(finished, tmp_path, monke
     assert_one_line(done, "--prompt 'a red circle': this model takes no text")
 
 
-@pytest.mark.parametrize("flags", [[], ["--guidance", "fixed", "--teacher-cfg", "3"]], ids=["sync", "fixed"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--guidance", "fixed", "--teacher-cfg", "3"]], ids=["sync", "fixed"]
+)
 def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, flags):
     monkeypatch.setattr(Shapes, "_right", few(Shapes._right))
     args = ["--perflow", model / "checkpoint.pt", "--steps", 4, "--batch-size", 8, *flags]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "student")])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "student")]
+    )
     train.main()
     printed = capsys.readouterr().out
     assert "evaluations" in printed and "4 steps, 400 captions" in printed
