@@ -257,20 +257,21 @@ class Dataset(Data):
         self.preview(model, out, model.objective.fewest if teacher else 50, cfg)
         if not teacher:
             return
-        draw = lambda model, n: model.draw(8, *self.held_out(8)[1:], steps=n, cfg=cfg)
+        x0, *cond = self.held_out(8)
+        draw = lambda model, n: model.draw(len(x0), *cond, steps=n, cfg=cfg)
         best, rows = draw(teacher, 100), {"teacher": {}, "student": {}}
 
         def measure(own, steps: int) -> str:
-            x0 = best if own is teacher and steps == 100 else draw(own, steps)
-            rows["student" if own is model else "teacher"][steps] = x0
-            return f"{(x0 - best).square().mean().sqrt():.4f}"
+            drawn = best if own is teacher and steps == 100 else draw(own, steps)
+            rows["student" if own is model else "teacher"][steps] = drawn
+            return f"{(drawn - best).square().mean().sqrt():.4f}"
 
         print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
         self.compare(model, teacher, measure)
-        for name, x0 in rows.items():
-            labels = [f"{n} step{'s' * (n > 1)}" for n in x0]
-            file, drawn = out / f"{name}.png", torch.cat([*x0.values()])
-            self.write(self.spec(), file, drawn, columns=8, names=labels)
+        for name, drawn in rows.items():
+            labels = [f"{n} step{'s' * (n > 1)}" for n in drawn]
+            file, drawn = out / f"{name}.png", torch.cat([*drawn.values()])
+            self.write(self.spec(), file, drawn, columns=len(best), names=labels)
         print(f"pictures: {out}/teacher, {out}/student, {out}/samples")
 
 
@@ -394,12 +395,13 @@ def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
     """What `decode` and `Latents.encode` need of a meta.json, its class names, and the parts of its
     text that training drops by themselves. Each may be left out."""
     meta: dict = {"scaling": 1.0, "shift": 0.0, "vae": None, "classes": None, "parts": None}
-    meta |= {"text": None, "t5": True, "t5_tokens": 256}
+    meta |= {"text": None, "t5": True, "t5_tokens": 256, "factor": None}
     try:
         meta |= dict(json.loads(path.read_text(encoding="utf-8")))
         scaling, shift, names = float(meta["scaling"]), float(meta["shift"]), meta["classes"] or []
         good = scaling > 0 and math.isfinite(scaling + shift) and isinstance(names, list)
         good = good and all(isinstance(meta[key], str | None) for key in ("vae", "text"))
+        good = good and isinstance(meta["factor"], int | None)
         good = good and all(isinstance(name, str) for name in names) and meta["t5_tokens"] > 0
         parts = meta["parts"] and [
             [(int(i), *(slice(*map(int, span)) for span in spans)) for i, *spans in part]
@@ -412,7 +414,7 @@ def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
         raise ValueError(f"{path} is not a JSON object like {like}")
     kept = dict(scaling=scaling, shift=shift, vae=meta["vae"])
     if meta["text"]:
-        kept |= {key: meta[key] for key in ("text", "t5", "t5_tokens")}
+        kept |= {key: meta[key] for key in ("text", "t5", "t5_tokens", "factor")}
     return kept, meta["classes"], parts
 
 
@@ -593,6 +595,7 @@ def encode(
         empty = dict(zip(("context", "pooled"), encoder([""]), strict=True))
         shapes |= {name: tuple(x.shape[1:]) for name, x in empty.items()}
         meta |= dict(text=text, t5=not no_t5, t5_tokens=encoder.t5_tokens, parts=encoder.parts)
+        meta["factor"] = factor
     else:
         meta["classes"] = classes.tolist()
     described = out / "meta.json"

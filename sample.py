@@ -13,7 +13,6 @@ Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs th
 
 Read next: `train.py`, which writes the checkpoints."""
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -111,7 +110,7 @@ class Sampler:
         """n samples in float32 on the CPU, one for each row of cond, in batches."""
         shape, out = self.config["spec"]["shape"], []
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.arange(n).split(max(100, 2**18 // math.prod(shape)))
+        rows = torch.arange(n).split(max(1, 2**19 // math.prod(shape)))
         for part in tqdm(rows, unit="batch", disable=not progress):
             noise = torch.randn(len(part), *shape, generator=generator)
             inputs = (x.to(self.device) for x in (noise, *(c[part] for c in cond)))
@@ -174,7 +173,7 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
     Or from a released SD3: its folder, its name on the hub, or the transformer's .safetensors file.
     ValueError where the file is missing, damaged or no checkpoint."""
     hub = "/" in str(path) and not str(path).endswith(".pt") and not File(path).exists()
-    if hub or File(path).is_dir() or str(path).endswith(".safetensors"):
+    if hub or File(path).is_dir() or File(path).suffix == ".safetensors":
         return load_released(str(path), check_device(device))
     checkpoint = read(path)
     config = checkpoint["config"]
@@ -189,34 +188,21 @@ def load_released(path: str, device: torch.device) -> Sampler:
     """SD3 as released: a rectified flow with shift 3, in bf16 on a GPU.
     Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
     smallest sigma twice and ends with a step from 0.009 to 0."""
-    single = path.endswith(".safetensors")
-    folder = File(path).parent if single else text.open_folder(path, t5=False)
-    state = text.released_names(text.read_weights(File(path) if single else folder / "transformer"))
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    shape = dict(in_channels=channels, patch_size=patch, qk_norm=any("ln_q" in k for k in state))
-    shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
-    context, pooled = (
-        state[f"{k}.weight"].shape[1] for k in ("context_embedder", "y_embedder.mlp.0")
-    )
-    try:
-        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder} has no vae/config.json of an SD3: {error}") from None
-    meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
-    spec = dict(shape=[channels, 1024 // factor, 1024 // factor], classes=0, names=None, meta=meta)
-    spec |= dict(context=[77 + 256, context], pooled=[pooled], network=shape)
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    recipe = Recipe(shift=3.0, depth=width // HEAD_DIM, precision=precision)
+    spec, state = text.read_released(path)
+    precision, dtype = "fp32", torch.float32
+    if device.type == "cuda":
+        precision, dtype = "bf16", torch.bfloat16
+    state = {key: w.to(dtype) for key, w in state.items()}
+    text.reserve("the network", sum(w.nbytes for w in state.values()), device)
+    depth = len(state["x_embedder.proj.bias"]) // HEAD_DIM
+    recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=precision)
     config = asdict(recipe) | dict(dataset="latents", objective=None, teacher=None, spec=spec)
     with torch.device("meta"):
         network = Latents.network(spec, recipe)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load_weights(network, {key: w.to(dtype) for key, w in state.items()}, path, assign=True)
-    network.null_cond = (torch.zeros(1, context), torch.zeros(pooled))
+    load_weights(network, state, path, assign=True)
+    network.null_cond = tuple(torch.zeros(spec[key][-1]) for key in ("context", "pooled"))
     network = network.to(device).eval().requires_grad_(False)
-    return Sampler(network, formulation("rf", 3.0), config)
+    return Sampler(network, objective_of(config), config)
 
 
 def plugged(sampler: Sampler, file: str | File) -> Sampler:
@@ -257,9 +243,7 @@ def run(
     steps: Annotated[Count, "of the solver, from t = 1 to 0"] = 50,
     solver: Annotated[Literal[tuple(SOLVERS)], "of dz = v dt"] = "euler",
     cfg: Annotated[float | None, "guidance scale (default: 3 for shapes, else 1, off)"] = None,
-    prompt: Annotated[
-        list[str] | None, "what to draw, by a model with text; may be repeated"
-    ] = None,
+    prompt: Annotated[list[str] | None, "what to draw, of models with text; repeatable"] = None,
     prompts: Annotated[File | None, "a file of prompts, one a line"] = None,
     label: Annotated[int | None, "class of a conditional model (default: all classes)"] = None,
     plug: Annotated[str | None, "add this delta.pt of a PeRFlow student to the weights"] = None,
@@ -277,22 +261,24 @@ def run(
     where, texts = check_device(device), list(prompt or [])
     if prompts:
         texts += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    sampler = load(checkpoint)  # to the CPU: the text encoders need the device first
+    sampler = load(checkpoint, where)
     sampler = plugged(sampler, plug) if plug else sampler
     kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
     if size:
         spec["shape"][1:] = [text.latent_size(spec, size)] * 2
     n = num or len(texts) or (100 if len(spec["shape"]) == 3 else 2000)
-    if texts:
-        cond, null_cond = kind.encode(spec, texts, device=where, t5=not no_t5)
-        cond = [c[torch.arange(n) % len(c)] for c in cond]
-        sampler.network.null_cond = null_cond or sampler.network.null_cond
-    else:
-        cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sampler.network.to(where)
-    x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
-    print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")
+    try:
+        if texts:
+            cond, null_cond = kind.encode(spec, texts, device=where, t5=not no_t5)
+            cond = [c[torch.arange(n) % len(c)] for c in cond]
+            sampler.network.null_cond = null_cond or sampler.network.null_cond
+        else:
+            cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
+        print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{where}: a smaller --size needs less memory: {error}") from None
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ its tokens are zeros. Guidance pushes away from the encoding of "".
 Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `sample.py`."""
 
 import json
+import math
 import re
 import warnings
 from itertools import product
@@ -125,9 +126,23 @@ def load(folder: str | File, t5: bool = True, device: str = "cpu", t5_tokens: in
         except Exception as error:  # of many kinds: damaged or missing files
             raise ValueError(f"{folder}, encoder{suffix}: {str(error)[:200]}") from None
         tokenizers.append(tokenizer)
-        encoders.append(encoder.to(device, dtype).eval().requires_grad_(False))
+        encoders.append(encoder.to(dtype).eval().requires_grad_(False))
+    size = sum(p.nbytes for encoder in encoders for p in encoder.parameters())
+    hint = "; --no-t5 leaves the largest one out" if t5 else ""
+    reserve("the text encoders", size, torch.device(device), hint)
+    encoders = [encoder.to(device) for encoder in encoders]
     width = json.loads((folder / "transformer/config.json").read_text())["joint_attention_dim"]
     return Encoder(tokenizers, encoders, width, t5_tokens)
+
+
+def reserve(what: str, size: int, device: torch.device, hint: str = "") -> None:
+    """Say how much memory these weights take. ValueError where a GPU has less left."""
+    need, free = f"{what}: {size / 2**30:.1f} GB on {device}", math.inf
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    if size > free:
+        raise ValueError(f"{need}, which has {free / 2**30:.1f} GB left{hint}")
+    print(need)
 
 
 def latent_size(spec: dict, pixels: int) -> int:
@@ -194,3 +209,26 @@ def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key = f"{place}.adaLN_modulation.1.{kind}"
         renamed[key] = torch.cat(renamed[key].chunk(2)[::-1])
     return renamed
+
+
+def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """(spec, weights) of a released SD3: its folder, its name on the hub, or its transformer's file
+    in that folder."""
+    single = path.endswith(".safetensors")
+    folder = File(path).parent if single else open_folder(path, t5=False)
+    state = released_names(read_weights(File(path) if single else folder / "transformer"))
+    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    context, pooled = (
+        state[f"{name}.weight"].shape[1] for name in ("context_embedder", "y_embedder.mlp.0")
+    )
+    shape = dict(in_channels=channels, patch_size=patch, qk_norm=any("ln_q" in k for k in state))
+    shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
+    try:
+        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder} has no vae/config.json of an SD3: {error}") from None
+    meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
+    spec = dict(shape=[channels, 1024 // factor, 1024 // factor], classes=0, names=None, meta=meta)
+    return spec | dict(context=[77 + 256, context], pooled=[pooled], network=shape), state

@@ -122,8 +122,8 @@ def compose(flags: dict, name: str, objective: str | None, origin: dict, resume:
         values = origin | kind.distil | learner.recipe(student)
         fixed = OF_NETWORK | {"shift"} | names(kind.Options) - MAY_CHANGE
     elif not resume:
-        fixed = OF_NETWORK & origin.keys()
-        values = kind.recipe(options) | {key: origin[key] for key in fixed}
+        fixed, kept = OF_NETWORK, (OF_NETWORK | {"shift"}) & origin.keys()
+        values = kind.recipe(options) | {key: origin[key] for key in kept}
     config = asdict(pick(Recipe, values | flags)) | asdict(options)
     config |= asdict(student) if student else {}
     config |= dict(dataset=name, objective=objective, spec=origin.get("spec"))
@@ -403,6 +403,7 @@ def launch(given: dict, parser: Parser) -> str | int | None:
             sample.load_weights(network, start.network.state_dict(), origin)
         if teacher:
             teacher.network.to(device)
+            teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
             if config.get("teacher_cfg", 1.0) != 1:
                 teacher.cfg = config["teacher_cfg"]
         state = State(network, recipe)

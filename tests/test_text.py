@@ -14,10 +14,13 @@ reason = "the optional packages transformers and diffusers are not installed"
 transformers = pytest.importorskip("transformers", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 
-from test_train import assert_one_line, in_process  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_train import assert_one_line, in_process, latents  # noqa: E402, F401
 
+import data  # noqa: E402
 import sample  # noqa: E402
 import text  # noqa: E402
+import train  # noqa: E402
 from data import Latents  # noqa: E402
 
 PROMPTS = ["a cat on a mat", "xyz", ""]
@@ -75,8 +78,8 @@ def folder(tmp_path_factory):
         attention_head_dim=64, num_attention_heads=2, joint_attention_dim=40,
         caption_projection_dim=128, pooled_projection_dim=6 + 10, pos_embed_max_size=12,
     )  # fmt: skip
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, latent_channels=4,
@@ -265,3 +268,184 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, capsys):
     args = [folder, "--prompt", "a cat", "--size", "16"]
     done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
     assert_one_line(done, "need the optional package transformers: pip install transformers")
+
+
+def test_too_little_gpu_memory_says_how_much_is_needed(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
+    gpu = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"encoders: 2\.0 GB on cuda, which has 1\.0 GB left; leave"):
+        text.reserve("the text encoders", 2**31, gpu, "; leave T5 out")
+    text.reserve("the text encoders", 2**29, gpu)
+
+
+# ---- captioned pictures: encoded, learned, fine-tuned and distilled
+
+CAPTIONS = ["a cat", "a dog on a mat", "xyz", "cat and cat", "a"]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Five pictures of noise, one in a folder below; two captions beside them, the rest in a list.
+    The file beside a picture counts where there are both."""
+    place, g = tmp_path_factory.mktemp("captioned"), np.random.default_rng(0)
+    (place / "more").mkdir()
+    files = ["0.png", "1.jpg", "2.png", "3.png", "more/4.png"]
+    for file in files:
+        Image.fromarray(g.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(place / file)
+    (place / "0.txt").write_text(f"{CAPTIONS[0]}\n")
+    (place / "more" / "4.txt").write_text(CAPTIONS[4])
+    lines = [*zip(files[1:4], CAPTIONS[1:4], strict=True), (files[4], "not this one")]
+    lines = [json.dumps({"file_name": file, "text": caption}) for file, caption in lines]
+    (place / "metadata.jsonl").write_text("\n".join(lines))
+    return place
+
+
+@pytest.fixture(scope="module")
+def texts(folder, captioned, tmp_path_factory):
+    out = tmp_path_factory.mktemp("texts") / "latents"
+    encode(captioned, folder, out)
+    return out
+
+
+def encode(captioned, folder, out, **how):
+    data.encode(images=captioned, text=str(folder), size=16, batch_size=2, out=out, **how)
+
+
+def test_captions_are_encoded_by_both_conventions(folder, texts):
+    encoder = text.load(folder)
+    for array, expected in zip(("context", "pooled"), encoder(CAPTIONS), strict=True):
+        stored = np.load(texts / f"{array}.npy")
+        assert stored.dtype == np.float16
+        np.testing.assert_allclose(stored, expected, rtol=1e-2, atol=1e-3)
+    assert np.load(texts / "latents.npy").shape == (5, 4, 8, 8)
+    learned = Latents(Latents.Options(data=str(texts)))
+    assert learned.meta["text"] == str(folder) and learned.meta["t5_tokens"] == 256
+    spans = [[(i, *map(tuple, spans)) for i, *spans in part] for part in encoder.parts]
+    slices = [[(i, *((s.start, s.stop) for s in at)) for i, *at in part] for part in learned.parts]
+    assert slices == spans
+
+
+def test_a_stopped_encode_of_captions_goes_on(folder, captioned, texts, tmp_path, monkeypatch):
+    def stop(path, size):
+        if path.name == "4.png":
+            raise KeyboardInterrupt
+        return load(path, size)
+
+    load = data.load_image
+    monkeypatch.setattr(data, "load_image", stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode(captioned, folder, tmp_path)
+    assert not (tmp_path / "latents.npy").exists()
+    with (tmp_path / "context.npy.part").open("ab") as file:
+        file.write(b"torn")
+    with pytest.raises(ValueError, match="is of other images, --size, --vae or --text"):
+        encode(captioned, folder, tmp_path, no_t5=True)
+    monkeypatch.setattr(data, "load_image", load)
+    encode(captioned, folder, tmp_path)
+    for name in ("latents", "context", "pooled"):
+        assert (tmp_path / f"{name}.npy").read_bytes() == (texts / f"{name}.npy").read_bytes()
+
+
+def test_bad_captions_are_one_line(folder, captioned, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(captioned, tmp_path / "copy")
+    (copy / "more" / "4.txt").unlink()
+    (copy / "metadata.jsonl").write_text("[]")
+    args = ["encode", "--images", copy, "--text", folder, "--out", "x", "--size", "16"]
+    done = in_process(data.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "metadata.jsonl has no lines of file_name and text")
+    (copy / "metadata.jsonl").unlink()
+    done = in_process(data.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "1.jpg has no caption: no .txt beside it, no line in metadata.jsonl")
+    args = ["encode", "--images", copy, "--out", "x"]
+    done = in_process(data.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "needs --vae, or --text")
+    assert not (tmp_path / "x").exists()
+
+
+def learn(monkeypatch, out, *flags, lr=1e-12):
+    """Two steps, without an average of the weights."""
+    own, changes = Latents.recipe, dict(ema_every=1, ema_decay=0.0)
+    monkeypatch.setattr(Latents, "recipe", staticmethod(lambda options: own(options) | changes))
+    monkeypatch.setattr(Latents, "distil", Latents.distil | changes)
+    how = ["--steps", 2, "--batch-size", 4, "--lr", lr, "--precision", "fp32", "--out", out]
+    run(monkeypatch, train.main, *how, *flags)
+    return sample.load(out / "checkpoint.pt")
+
+
+def test_a_model_trained_on_captions_draws_prompts(
+    folder, texts, tmp_path, monkeypatch, own_process
+):
+    """What it pushes away from is what its training showed: zeros."""
+    flags = ["--dataset", "latents", "--data", texts, "--depth", 1]
+    sampler = learn(monkeypatch, tmp_path / "run", *flags)
+    assert not any(null.any() for null in sampler.null_cond)
+    cond, null_cond = Latents.encode(sampler.config["spec"], ["a cat"])
+    assert null_cond is None
+    np.testing.assert_allclose(cond[0][0], np.load(texts / "context.npy")[0], rtol=1e-2, atol=1e-3)
+    out = tmp_path / "x.npz"
+    flags = ["--prompt", "a cat", "a dog", "--steps", 2, "--cfg", 2, "--out", out]
+    run(monkeypatch, sample.main, tmp_path / "run" / "checkpoint.pt", *flags)
+    assert np.load(out)["arr_0"].shape == (2, 16, 16, 3)
+
+
+def same(network, other):
+    own, other = network.state_dict(), other.state_dict()
+    assert own.keys() == other.keys()
+    return all(torch.allclose(own[key], other[key], atol=1e-8) for key in own)
+
+
+def test_fine_tuning_starts_from_the_released_weights(
+    folder, texts, tmp_path, monkeypatch, own_process
+):
+    """And a fine-tuned model is resumed, fine-tuned again, and draws pictures of any size."""
+    released = sample.load(folder)
+    flags = ["--init", folder, "--dataset", "latents", "--data", texts]
+    tuned = learn(monkeypatch, tmp_path / "one", *flags)
+    assert same(tuned.network, released.network) and tuned.config["shift"] == 3
+    assert not same(learn(monkeypatch, tmp_path / "other", *flags, lr=1e-3).network, tuned.network)
+    again = learn(monkeypatch, tmp_path / "again", "--init", tmp_path / "other" / "checkpoint.pt")
+    assert same(again.network, sample.load(tmp_path / "other" / "checkpoint.pt").network)
+    run(monkeypatch, train.main, "--resume", "--steps", 3, "--out", tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoint.pt"
+    assert sample.load(checkpoint).step == 3
+    flags = ["--prompt", "a cat", "--size", 24, "--steps", 2, "--out", tmp_path / "x.npz"]
+    run(monkeypatch, sample.main, checkpoint, *flags)
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 24, 24, 3)
+
+
+def test_a_student_of_the_released_model_plugs_into_a_fine_tuned_one(
+    folder, texts, tmp_path, monkeypatch, own_process
+):
+    flags = ["--dataset", "latents", "--data", texts]
+    tuned = learn(monkeypatch, tmp_path / "tuned", "--init", folder, *flags, lr=1e-3)
+    student = learn(monkeypatch, tmp_path / "pf", "--perflow", folder, *flags, lr=1e-3)
+    before = {key: w.clone() for key, w in tuned.network.state_dict().items()}
+    plugged = sample.plugged(tuned, tmp_path / "pf" / "delta.pt")
+    assert plugged.objective.windows == student.objective.windows == 4
+    released, own = sample.load(folder).network.state_dict(), student.network.state_dict()
+    for key, w in plugged.network.state_dict().items():
+        torch.testing.assert_close(w, before[key] + own[key] - released[key])
+    assert any((own[key] != released[key]).any() for key in own)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--depth", "3"], "--depth 3 differs from"),
+        (["--dataset", "cifar10"], "--dataset cifar10 differs from"),
+        (["--resume"], "is for a new run"),
+        (["--perflow", "x.pt"], "is for a new run"),
+        (["--formulation", "edm(0.00,1.00)"], "differs from"),
+    ],
+    ids=" ".join,
+)
+def test_bad_starts_are_one_line(folder, texts, tmp_path, monkeypatch, capsys, flags, says):
+    args = ["--init", folder, "--data", texts, *flags]
+    assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_other_encoders_are_one_line(folder, latents, tmp_path, monkeypatch, capsys):
+    args = ["--init", folder, "--data", latents]
+    done = in_process(train.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "holds the weights of another network")
