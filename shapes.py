@@ -184,9 +184,11 @@ KINDS = ("all right", "colours", "shapes", "relation")
 
 
 def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
-    """How often pictures show their captions: all of it, its colours, its shapes, its relation."""
+    """How often pictures show their captions: all of it, its colours, its shapes, its relation; and
+    the mean of their rms distances to the nearest true picture, whose pixels are in [-1, 1]."""
     right, known = [], [*CAPTIONS.values()]
-    for wanted, seen in zip(rows.tolist(), read(x0), strict=True):
+    captions, distances = nearest(x0)
+    for wanted, seen in zip(rows.tolist(), captions, strict=True):
         layout, objects = known[wanted]
         own, things = CAPTIONS[seen]
         colours, shapes = (
@@ -197,7 +199,8 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
         right.append(
             [colours and shapes and relation and objects == things, colours, shapes, relation]
         )
-    return dict(zip(KINDS, torch.tensor(right).double().mean(0).tolist(), strict=True))
+    shares = dict(zip(KINDS, torch.tensor(right).double().mean(0).tolist(), strict=True))
+    return shares | {"distance": distances.mean().item()}
 
 
 # ---- The shapes as the data of a run
@@ -290,6 +293,11 @@ class Shapes(Data):
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
         return verdicts(rows, model.draw(n, *conditions_of(rows), **how))
 
+    def _both(self, model, steps: int) -> str:
+        seen, new = (self._right(model, 200, new, steps=steps) for new in (False, True))
+        distance = (seen["distance"] + new["distance"]) / 2
+        return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
+
     def metrics(self, model) -> dict[str, float]:
         return {"right": self._right(model, 64, steps=10)["all right"]}
 
@@ -298,15 +306,16 @@ class Shapes(Data):
         steps = model.objective.fewest if teacher else 25
         guidance = (model.cfg, 1.0) if model.null_cond else (1.0,)
         if teacher:
-            both = lambda own, n: [self._right(own, 200, new, steps=n) for new in (False, True)]
-            measure = lambda own, n: " ".join(f"{m['all right']:8.1%}" for m in both(own, n))
-            print("all right, of 200 captions of seen pairs and 200 with unseen ones:")
-            self.compare(model, teacher, measure, (4, 8, 50))
-        print(f"{f'{steps} steps, 400 captions':24}" + "".join(f"{k:>12}" for k in KINDS))
+            print("all right, of 200 captions of seen and 200 of unseen pairs; distance to the")
+            print("nearest true picture (the mean rms, of pixels in [-1, 1]):")
+            self.compare(model, teacher, self._both, (1, 2, 4, 8, 50))
+        heads = "".join(f"{k:>12}" for k in (*KINDS, "distance"))
+        print(f"{f'{steps} steps, 400 captions':24}{heads}")
         for cfg, new in itertools.product(guidance, (False, True)):
             shares = self._right(model, 400, new, steps=steps, cfg=cfg)
             name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
-            print(f"{name:24}" + "".join(f"{share:12.1%}" for share in shares.values()))
+            cells = "".join(f"{shares[kind]:12.1%}" for kind in KINDS)
+            print(f"{name:24}{cells}{shares['distance']:12.3f}")
         cond = self.conditions(self.spec(), 32, generator=seeded(0, 2, 1, HELD_OUT))
         x0 = model.draw(32, *cond, steps=steps)
         print(f"pictures: {self.write(self.spec(), out / 'samples.png', x0, *cond)}")

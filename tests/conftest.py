@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,18 @@ def finished(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, done
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """200 labelled latents (4,4,4) of three classes, as `data.Latents` reads them."""
+    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    labels = np.arange(200) % 3
+    values = rng.standard_normal((200, 4, 4, 4)) * 0.3 + labels[:, None, None, None] - 1
+    np.save(folder / "latents.npy", values.astype(np.float16))
+    np.save(folder / "labels.npy", labels)
+    (folder / "meta.json").write_text("{}")
+    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 
 from PIL import Image  # noqa: E402
-from test_train import assert_one_line, in_process, latents  # noqa: E402, F401
+from test_train import assert_one_line, in_process  # noqa: E402
 
 import data  # noqa: E402
 import sample  # noqa: E402
@@ -174,7 +174,7 @@ def test_guided_samples_equal_the_pipelines(folder, pipeline, monkeypatch, t5, p
         monkeypatch.setattr(pipeline, "text_encoder_3", None)
     noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1))
     how = dict(num_inference_steps=5, guidance_scale=5.0, height=16, width=16)
-    latents = pipeline(prompts, latents=noise.clone(), output_type="latent", **how).images
+    latent = pipeline(prompts, latents=noise.clone(), output_type="latent", **how).images
     pictures = pipeline(prompts, latents=noise.clone(), output_type="np", **how).images
     sampler = sample.load(folder)
     spec = sampler.config["spec"]
@@ -182,7 +182,7 @@ def test_guided_samples_equal_the_pipelines(folder, pipeline, monkeypatch, t5, p
         warnings.simplefilter("ignore")
         cond, sampler.network.null_cond = Latents.encode(spec, prompts, t5=t5)
     x0 = sampler.sample(noise, *cond, times=pipeline.scheduler.sigmas, cfg=5.0)
-    close(x0, latents, 1e-4)
+    close(x0, latent, 1e-4)
     ours = Latents.images(spec, x0).astype(int)
     assert np.abs(ours - np.round(255 * pictures)).max() <= 1
     assert (ours == np.round(255 * pictures)).mean() > 0.99
@@ -273,7 +273,7 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, capsys):
 def test_too_little_gpu_memory_says_how_much_is_needed(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
     gpu = torch.device("cuda")
-    with pytest.raises(ValueError, match=r"encoders: 2\.0 GB on cuda, which has 1\.0 GB left; leave"):
+    with pytest.raises(ValueError, match=r": 2\.0 GB on cuda, which has 1\.0 GB left; leave"):
         text.reserve("the text encoders", 2**31, gpu, "; leave T5 out")
     text.reserve("the text encoders", 2**29, gpu)
 

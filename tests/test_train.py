@@ -345,18 +345,6 @@ def test_validation_loss_is_at_the_8_midpoints():
 # ---- images, ranks, accumulation
 
 
-@pytest.fixture(scope="session")
-def latents(tmp_path_factory):
-    """200 labelled latents (4,4,4) of three classes, as `data.Latents` reads them."""
-    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
-    labels = np.arange(200) % 3
-    values = rng.standard_normal((200, 4, 4, 4)) * 0.3 + labels[:, None, None, None] - 1
-    np.save(folder / "latents.npy", values.astype(np.float16))
-    np.save(folder / "labels.npy", labels)
-    (folder / "meta.json").write_text("{}")
-    return folder
-
-
 TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
 IMAGE_CHANGES = "log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10, "
 IMAGE_CHANGES += "ema_decay=0.9, ema_every=1"
