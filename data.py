@@ -6,6 +6,11 @@ Batch n is a pure function of (seed, n, micro-batch), every example comes once a
 pickle is ever read. Images are in [-1, 1] for the network, latents as they are stored. Whoever has
 other data writes a class like `Cifar10` and a line in `sample.DATASETS`. Read next: `sample.py`."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that is cut short
+
 import contextlib
 import functools
 import hashlib
@@ -15,12 +20,18 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from pathlib import PurePosixPath
 from typing import Annotated, ClassVar
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: runs are not held apart there
+    fcntl = None
 
 import numpy as np
 import torch
@@ -30,7 +41,7 @@ from tqdm import tqdm
 
 import text as text_encoders
 from mmdit import ClassMMDiT, MMDiT
-from options import Count, Parser
+from options import Count, Parser, misfit, pick, ranks, reading
 from pictures import draw_sheet, to_uint8
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
@@ -52,11 +63,44 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
 
 
+@contextlib.contextmanager
+def locked(out: File) -> Iterator[None]:
+    """Hold a folder for this process, so that no other writes into it. The lock is gone with the
+    process, and so are folders that it made and left empty. BlockingIOError where it is held."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    holder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if holder:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(holder).st_ino != out.stat().st_ino:
+                raise BlockingIOError  # another one has just removed it
+    except BlockingIOError:
+        os.close(holder)
+        raise BlockingIOError(f"--out {out} is in use by another process") from None
+    try:
+        for left in out.glob("*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # as soon as one is not empty
+            for folder in made:
+                folder.rmdir()
+        if holder:
+            os.close(holder)
+
+
 class Data:
     """What all data share. The rest of what a run asks of them is in `Dataset` and `toy2d.Toy`:
     batch, held_out, spec, report and, of a spec alone, network and write. Options are their flags.
-    A spec is what a network is built from, in plain values: `shape` of an example, number of
-    `classes`, and what else the class needs."""
+    A spec is what a network is built from, in plain values: a `Spec` as a dict."""
+
+    @dataclass
+    class Spec:
+        """The shape of an example, the number of classes, and what else the class needs."""
+
+        shape: list[Annotated[Count, "", 1, 4096]]
+        classes: Annotated[int, "", 0, 100_000] = 0
 
     cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
     parts: ClassVar[list | None] = None  # what training drops together, see `drop`
@@ -120,6 +164,22 @@ class Dataset(Data):
     class Options:
         data: Annotated[str | None, "folder of the files"] = None
 
+    @dataclass
+    class Spec(Data.Spec):
+        names: list[str] | None = None
+        context: list[Annotated[Count, "", 1, 2**16]] | None = None
+        pooled: list[Annotated[Count, "", 1, 2**16]] | None = None
+        meta: dict | None = None
+        network: dict | None = None
+        examples: int = 0  # these two tell a run that goes on whether its data are the same
+        digest: int = 0
+
+        def __post_init__(self):
+            if self.names and len(self.names) != self.classes:
+                raise ValueError(f"{len(self.names)} names for {self.classes} classes")
+            if self.meta:
+                self.meta = asdict(pick(Meta, self.meta))
+
     # what a student changes in its teacher's recipe; a held-out example costs it eight solves
     distil: ClassVar = dict(steps=20_000, batch_size=256, lr=1e-4, validation=128)
 
@@ -137,8 +197,12 @@ class Dataset(Data):
 
     def spec(self) -> dict:
         text = [list(c.shape[1:]) for c in self.cond] if len(self.cond) == 2 else [None, None]
-        spec = dict(shape=list(self.x0.shape[1:]), classes=self.classes, names=self.names)
-        return spec | dict(context=text[0], pooled=text[1], meta=self.meta, network=None)
+        shape, digest = list(self.x0.shape[1:]), 0
+        some = np.linspace(0, len(self.x0) - 1, 64).astype(int)  # cheap, of any amount of data
+        for rows in self.gather(some):
+            digest = zlib.crc32(rows.contiguous().reshape(-1).view(torch.uint8).numpy(), digest)
+        own = self.Spec(shape, self.classes, self.names, *text, self.meta, None, len(self.x0))
+        return asdict(own) | {"digest": digest}
 
     def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
         """Which examples step n's micro-batch `micro` of `micros` has, (size,).
@@ -178,6 +242,8 @@ class Dataset(Data):
         channels, height, width = spec["shape"]
         if height % 2 or width % 2:
             raise ValueError(f"latents of {height} x {width} do not divide into patches of 2 x 2")
+        if max(height, width) > 512:
+            raise ValueError(f"latents of {height} x {width}: sides are at most 512")
         size = max(height, width) // 2
         shape = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
         shape |= spec.get("network") or {}  # of a released one
@@ -352,7 +418,7 @@ def read_archive(path: File) -> dict[str, bytes]:
 
 def download(out: str | File) -> None:
     """Fetch the official archive into the folder, unless it is there already."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if ranks()[1] > 1:
         raise ValueError("--download needs a single process: fetch the archive before torchrun")
     archive = File(out) / ARCHIVE
     archive.parent.mkdir(parents=True, exist_ok=True)
@@ -375,12 +441,10 @@ FLOATS, INTEGERS = "float16 float32", "uint8 uint16 uint32 int8 int16 int32 int6
 def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     """A memory-mapped .npy with as many axes as `shape` and one of the dtypes; ValueError, too,
     where it holds objects or is not of the length that its header says."""
-    try:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing (`python data.py encode` makes one)")
+    with reading(path, "array of numbers"):
         array = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing (`python data.py encode` makes one)") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no array of numbers: {error}") from None
     if array.dtype.name not in dtypes.split() or not array.dtype.isnative:
         raise ValueError(f"{path} has the type {array.dtype.str}, not one of {dtypes}")
     if array.ndim != sum(map(str.isalpha, shape)):
@@ -391,31 +455,33 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     return array
 
 
+@dataclass
+class Meta:
+    """What `decode` and `Latents.encode` need of a meta.json. Each may be left out."""
+
+    scaling: Annotated[float, "", 1e-9, 1e9] = 1.0
+    shift: float = 0.0
+    vae: str | None = None
+    text: str | None = None  # the folder of the encoders
+    t5: bool = True
+    t5_tokens: Annotated[Count, "", 1, 10_000] = 256
+    factor: Annotated[Count | None, "", 1, 1024] = None  # pixels a side of a latent's pixel
+
+
 def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
-    """What `decode` and `Latents.encode` need of a meta.json, its class names, and the parts of its
-    text that training drops by themselves. Each may be left out."""
-    meta: dict = {"scaling": 1.0, "shift": 0.0, "vae": None, "classes": None, "parts": None}
-    meta |= {"text": None, "t5": True, "t5_tokens": 256, "factor": None}
-    try:
-        meta |= dict(json.loads(path.read_text(encoding="utf-8")))
-        scaling, shift, names = float(meta["scaling"]), float(meta["shift"]), meta["classes"] or []
-        good = scaling > 0 and math.isfinite(scaling + shift) and isinstance(names, list)
-        good = good and all(isinstance(meta[key], str | None) for key in ("vae", "text"))
-        good = good and isinstance(meta["factor"], int | None)
-        good = good and all(isinstance(name, str) for name in names) and meta["t5_tokens"] > 0
-        parts = meta["parts"] and [
+    """A meta.json: a `Meta` as a dict, the names of the classes, and the parts of its text that
+    training drops by themselves."""
+    like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
+    with reading(path, f"JSON object like {like}"):
+        meta = dict(json.loads(path.read_text(encoding="utf-8")))
+        names, parts = meta.get("classes"), meta.get("parts")
+        if fault := misfit(names, list[str] | None):
+            raise ValueError(f"classes {fault}")
+        parts = parts and [
             [(int(i), *(slice(*map(int, span)) for span in spans)) for i, *spans in part]
-            for part in meta["parts"]
+            for part in parts
         ]
-    except (ValueError, TypeError):
-        good = False
-    if not good:
-        like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
-        raise ValueError(f"{path} is not a JSON object like {like}")
-    kept = dict(scaling=scaling, shift=shift, vae=meta["vae"])
-    if meta["text"]:
-        kept |= {key: meta[key] for key in ("text", "t5", "t5_tokens", "factor")}
-    return kept, meta["classes"], parts
+        return asdict(pick(Meta, meta)), names, parts
 
 
 class Latents(Dataset):
@@ -450,8 +516,8 @@ class Latents(Dataset):
                 raise ValueError(f"{folder}: latents.npy has {N} rows, {name} has {len(array)}")
         if not text:
             low, high = int(cond[0].min()), int(cond[0].max())
-            if low < 0 or (names and high >= len(names)):
-                good = f"0 to {len(names) - 1} by the names" if names else "0 and above"
+            if low < 0 or high >= (len(names) if names else 100_000):
+                good = f"0 to {len(names) - 1} by the names" if names else "0 to 99,999"
                 raise ValueError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
         held_out = max(1, min(1024, N // 20))
         super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
@@ -470,7 +536,8 @@ class Latents(Dataset):
     @classmethod
     def images(cls, spec, x0):
         try:
-            return decode(x0, spec["meta"], "cuda" if torch.cuda.is_available() else "cpu")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return decode(x0, spec["meta"] or asdict(Meta()), device)
         except ValueError as error:
             print(f"not decoded: {error}")
             return None
@@ -494,35 +561,47 @@ def load_vae(name: str, device: str):
         raise ValueError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
 
 
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+
+
 def load_image(path: File, size: int) -> np.ndarray:
-    """The largest square in the middle, resized: uint8 (3,size,size)."""
-    try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable image, replace it to go on: {error}") from None
+    """The largest square in the middle, upright and resized: uint8 (3,size,size)."""
+    with Image.open(path, formats=[*FORMATS.values()]) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def fault(path: File, size: int) -> str:
+    """Why a picture cannot be read; nothing where it can."""
+    try:
+        load_image(path, size)
+    except Exception as error:  # Pillow's readers raise many kinds
+        return f"{path} ({str(error)[:100]})"
+    return ""
 
 
 def listed(images: File, captioned: bool) -> tuple[list[File], list[str]]:
     """The pictures FOLDER/CLASS/IMAGE.jpg with their classes; or FOLDER/[.../]IMAGE.jpg with their
     captions, from IMAGE.txt or the lines {"file_name", "text"} of FOLDER/metadata.jsonl."""
-    kinds, where = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}, "[!.]*/[!.]*"
-    found = [*images.glob(where), *(images.rglob("[!.]*") if captioned else ())]
-    files = sorted({file for file in found if file.suffix.lower() in kinds})
+    where = "[!.]*/[!.]*"
+    found = {*images.glob(where), *(images.rglob("[!.]*") if captioned else ())}
+    files = sorted(file for file in found if file.suffix.lower() in FORMATS and file.is_file())
     if len(files) < 2:
         raise ValueError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
     if not captioned:
         return files, [file.parent.name for file in files]
     known, table = {}, images / "metadata.jsonl"
-    try:
+    with reading(table, "lines of file_name and text"):
         lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
         known = {row["file_name"]: str(row["text"]) for row in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{table} has no lines of file_name and text: {error}") from None
     for name, file in [(str(file.relative_to(images)), file) for file in files]:
-        if file.with_suffix(".txt").exists():
-            known[name] = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        told = file.with_suffix(".txt")
+        if told.exists():
+            with reading(told, "text"):
+                known[name] = told.read_text(encoding="utf-8").strip()
         if name not in known:
             raise ValueError(f"{name} has no caption: no .txt beside it, no line in {table.name}")
     return files, [known[str(file.relative_to(images))] for file in files]
@@ -601,18 +680,26 @@ def encode(
     described = out / "meta.json"
     if (out / "latents.npy").exists():
         raise ValueError(f"--out {out} holds latents already; another --out keeps them")
-    if not (out / "latents.npy.part").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        if not text:
-            np.save(out / "labels.npy", labels)
-        described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    elif json.loads(described.read_text(encoding="utf-8")) != meta:
-        raise ValueError(f"{out} is of other images, --size, --vae or --text; take another --out")
-    grow = growing(out, shapes, len(files), batch_size)
-    with ThreadPoolExecutor(8) as threads, grow as (done, append):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(out))
+        if not (out / "latents.npy.part").exists():
+            if not text:
+                np.save(out / "labels.npy", labels)
+            described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        with reading(described, "meta.json"):
+            known = json.loads(described.read_text(encoding="utf-8"))
+        if known != meta:
+            raise ValueError(f"--out {out} is of other images, --size, --vae or --text")
+        threads = stack.enter_context(ThreadPoolExecutor(8))
+        done, append = stack.enter_context(growing(out, shapes, len(files), batch_size))
         for i in tqdm(range(done, len(files), batch_size), desc=str(out), unit="batch"):
             rows = slice(i, i + batch_size)
-            x = np.stack([*threads.map(lambda file: load_image(file, size), files[rows])])
+            try:
+                x = np.stack([*threads.map(lambda file: load_image(file, size), files[rows])])
+            except Exception:
+                bad = [*filter(None, threads.map(lambda file: fault(file, size), files[i:]))]
+                what = f"{len(bad)} pictures cannot be read; replace them to go on"
+                raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
             z = model.encode(Cifar10.prepare(torch.from_numpy(x).to(device))).latent_dist.mean
             append([(z - meta["shift"]) * meta["scaling"], *(encoder(told[rows]) if text else ())])
 

@@ -39,8 +39,8 @@ class PeRFlow:
     class Options:
         """The choices of the commands; ours where they differ from the paper's."""
 
-        windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow"] = 4
-        evaluations: Annotated[int, "of the teacher, in a window"] = 8
+        windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow", 1, 1000] = 4
+        evaluations: Annotated[int, "of the teacher, in a window", 1, 1000] = 8
         parameterization: Annotated[
             Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear teachers only"
         ] = "velocity"
@@ -50,7 +50,7 @@ class PeRFlow:
         teacher_cfg: Annotated[float, "guidance scale of the teacher, for fixed"] = 1.0
         edge_share: Annotated[float, "ours: share of t that lies on its window's start"] = 0.5
         clock_gap: Annotated[float, "ours: share of a window that the clock skips"] = 0.25
-        reuse: Annotated[int, "ours: draws of t that share a solve of the teacher"] = 4
+        reuse: Annotated[int, "ours: draws of t that share a solve of the teacher", 1, 1000] = 4
         method: str = "heun"  # ours, where the paper has DDIM
 
         def __post_init__(self):
@@ -270,7 +270,7 @@ class PeRFlow:
 Weights = nn.Module | Mapping[str, Tensor]  # or its state dict
 
 
-def _same_network(one: Weights, other: Weights) -> tuple[Mapping[str, Tensor], ...]:
+def same_network(one: Weights, other: Weights) -> tuple[Mapping[str, Tensor], ...]:
     """Both as state dicts. ValueError where their keys or shapes differ."""
     states = [w.state_dict() if isinstance(w, nn.Module) else w for w in (one, other)]
     first, second = ({key: tuple(w.shape) for key, w in state.items()} for state in states)
@@ -283,7 +283,7 @@ def _same_network(one: Weights, other: Weights) -> tuple[Mapping[str, Tensor], .
 
 def delta(student: Weights, teacher: Weights) -> dict[str, Tensor]:
     """Delta W = W_student - W_teacher. ValueError where they are not the same network."""
-    student, teacher = _same_network(student, teacher)
+    student, teacher = same_network(student, teacher)
     return {key: w - teacher[key].to(w.device) for key, w in student.items()}
 
 
@@ -291,7 +291,7 @@ def plug(network: nn.Module, delta: Mapping[str, Tensor]) -> None:
     """W += Delta W in place, exact to rounding. ValueError where the delta is of another network.
     Plugging twice adds both, and warns. The module remembers in a plain attribute, `plugged`, which
     deep copies carry and state dicts do not."""
-    state, delta = _same_network(network, delta)
+    state, delta = same_network(network, delta)
     if getattr(network, "plugged", False):
         warnings.warn("this network has a delta already: another adds to it", stacklevel=2)
     network.load_state_dict({key: w + delta[key].to(w.device) for key, w in state.items()})

@@ -13,8 +13,16 @@ Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs th
 
 Read next: `train.py`, which writes the checkpoints."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that is cut short
+
 import math
 import os
+import pickle
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as File
@@ -27,8 +35,8 @@ from tqdm import tqdm
 import text
 from data import DATA, Cifar10, Latents, seeded
 from mmdit import HEAD_DIM
-from options import Count, Recipe, command, names, pick
-from perflow import PeRFlow, plug
+from options import Count, Recipe, command, misfit, names, pick, reading
+from perflow import PeRFlow, plug, same_network
 from rf import SOLVERS, Field, formulation, guide
 from shapes import Shapes
 from toy2d import Toy
@@ -121,7 +129,7 @@ class Sampler:
 # ---- Checkpoints: {config, step, network, ema, optimizer}; `train.configure` explains config
 def save(path: File, content: dict) -> None:
     """Write beside the old file, flush to the disk, rename: there is always a whole one."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(content, file)
@@ -137,26 +145,56 @@ def save(path: File, content: dict) -> None:
 def read(path: str | File, kind: str = "checkpoint") -> dict:
     """A checkpoint (or delta) on the CPU. ValueError, in one line, on anything not whole."""
     keys = {"checkpoint": {"step", "network", "ema", "optimizer"}, "delta": {"delta"}}[kind]
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{kind} {path}: {error.strerror or error}") from None
-    except Exception as error:  # of many kinds on damaged files, and on pickles it refuses to run
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{kind} {path} is damaged or no {kind}: {reason[:120]}") from None
-    missing = keys | {"config"}
-    if isinstance(content, dict):
-        missing -= content.keys()
-    if missing:
-        raise ValueError(f"{path} is no {kind} of this project: no {', '.join(sorted(missing))}")
-    lacking = (names(Recipe) | {"dataset", "objective", "spec"}) - content["config"].keys()
-    if lacking:
-        lacking = ", ".join(sorted(lacking))
-        raise ValueError(f"{kind} {path} is of an older version of this project: no {lacking}")
-    for key, table in (("dataset", DATASETS), ("objective", OBJECTIVES)):
-        if (name := content["config"][key]) not in (None, *table):
-            raise ValueError(f"{kind} {path}: unknown {key} {name!r}; known are {', '.join(table)}")
+    with reading(path, kind):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load would not notice
+                raise ValueError(f"{damaged} is damaged")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # its message advises to run it
+            raise ValueError("it holds a pickle of more than weights, which is not run") from None
+        there = content.keys() if isinstance(content, dict) else set()
+        if missing := (keys | {"config"}) - there:
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        expected = names(Recipe) | {"dataset", "objective", "spec", "teacher"}
+        if lacking := expected - content["config"].keys():
+            raise ValueError(f"it is of an older version: no {', '.join(sorted(lacking))}")
+        check(content, kind)
     return content
+
+
+def check(content: dict, kind: str) -> None:
+    """That a configuration is one that `train.configure` makes, and that its network has the stored
+    shapes, before anything of its sizes is allocated. Errors of any kind where not."""
+    config = content["config"]
+    if fault := misfit(config["teacher"], str | None):
+        raise ValueError(f"teacher {fault}")
+    for key, table in (("dataset", DATASETS), ("objective", OBJECTIVES)):
+        if config[key] not in (None, *table):
+            raise ValueError(f"unknown {key} {config[key]!r}; known are {', '.join(table)}")
+        if config[key]:
+            pick(table[config[key]].Options, config)
+    recipe, data = pick(Recipe, config), DATASETS.get(config["dataset"])
+    formulation(recipe.formulation, recipe.shift)
+    if kind == "delta":
+        if not config["objective"]:
+            raise ValueError("it is of no student")
+    elif fault := misfit(content["step"], Annotated[int, "", 0, recipe.steps]):
+        raise ValueError(f"step {fault}")
+    elif data:
+        config["spec"] |= asdict(pick(data.Spec, config["spec"]))
+        with torch.device("meta"):
+            network = data.network(config["spec"], recipe)
+        for part in ("network", "ema"):
+            same_network(network, content[part])
+
+
+def digest(network: nn.Module) -> int:
+    """Of the weights: a student remembers which teacher it learns from."""
+    crc = 0
+    for w in network.state_dict().values():
+        crc = zlib.crc32(w.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def load_weights(network: nn.Module, state: dict, origin: str | File, assign=False) -> None:
@@ -177,6 +215,8 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
         return load_released(str(path), check_device(device))
     checkpoint = read(path)
     config = checkpoint["config"]
+    if network is None and not config["dataset"]:
+        raise ValueError(f"checkpoint {path} is of a network of one's own: load(path, network=...)")
     if network is None:
         network = DATASETS[config["dataset"]].network(config["spec"], pick(Recipe, config))
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
@@ -214,7 +254,8 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
         raise ValueError(f"this model is a student already: {file} would be added twice")
     if own["formulation"] != student["formulation"]:
         raise ValueError(f"{file} is of a {student['formulation']}, not of a {own['formulation']}")
-    plug(sampler.network, delta["delta"])
+    with reading(file, "delta of this model"):
+        plug(sampler.network, delta["delta"])
     kept = {"objective", "teacher"} | names(OBJECTIVES[student["objective"]].Options)
     config = own | {key: student[key] for key in kept}
     return replace(sampler, config=config, objective=objective_of(config))
@@ -228,7 +269,7 @@ def check_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device).item()  # meta has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # of many kinds: hpu lacks a module
         kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         good = ", ".join(["cpu"] + [kind for kind, there in kinds.items() if there])
         reason = str(error).partition("\n")[0][:80]
@@ -239,8 +280,10 @@ def check_device(name: str | torch.device | None = None) -> torch.device:
 # ---- The command
 def run(
     checkpoint: Annotated[str, "a checkpoint.pt that train.py wrote"],
-    num: Annotated[Count | None, "number of samples (default: 2000 points or 100 images)"] = None,
-    steps: Annotated[Count, "of the solver, from t = 1 to 0"] = 50,
+    num: Annotated[
+        Count | None, "number of samples (default: 2000 points or 100 images)", 1, 10**7
+    ] = None,
+    steps: Annotated[Count, "of the solver, from t = 1 to 0", 1, 100_000] = 50,
     solver: Annotated[Literal[tuple(SOLVERS)], "of dz = v dt"] = "euler",
     cfg: Annotated[float | None, "guidance scale (default: 3 for shapes, else 1, off)"] = None,
     prompt: Annotated[list[str] | None, "what to draw, of models with text; repeatable"] = None,
@@ -260,7 +303,9 @@ def run(
         raise ValueError(f"--out {out}: {out.parent} is not writable")
     where, texts = check_device(device), list(prompt or [])
     if prompts:
-        texts += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with reading(prompts, "text"):
+            lines = prompts.read_text(encoding="utf-8").splitlines()
+        texts += [line for line in lines if line.strip()]
     sampler = load(checkpoint, where)
     sampler = plugged(sampler, plug) if plug else sampler
     kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]

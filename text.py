@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from options import reading
+
 PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "vae")
 T5 = ("tokenizer_3", "text_encoder_3")
 
@@ -131,7 +133,9 @@ def load(folder: str | File, t5: bool = True, device: str = "cpu", t5_tokens: in
     hint = "; --no-t5 leaves the largest one out" if t5 else ""
     reserve("the text encoders", size, torch.device(device), hint)
     encoders = [encoder.to(device) for encoder in encoders]
-    width = json.loads((folder / "transformer/config.json").read_text())["joint_attention_dim"]
+    described = folder / "transformer/config.json"
+    with reading(described, "configuration of an SD3"):
+        width = int(json.loads(described.read_text(encoding="utf-8"))["joint_attention_dim"])
     return Encoder(tokenizers, encoders, width, t5_tokens)
 
 
@@ -216,19 +220,21 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
     in that folder."""
     single = path.endswith(".safetensors")
     folder = File(path).parent if single else open_folder(path, t5=False)
-    state = released_names(read_weights(File(path) if single else folder / "transformer"))
-    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    context, pooled = (
-        state[f"{name}.weight"].shape[1] for name in ("context_embedder", "y_embedder.mlp.0")
-    )
-    shape = dict(in_channels=channels, patch_size=patch, qk_norm=any("ln_q" in k for k in state))
-    shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
-    try:
-        vae = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+    weights = read_weights(File(path) if single else folder / "transformer")
+    with reading(path, "transformer of an SD3"):
+        state = released_names(weights)
+        _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        context, pooled = (
+            state[f"{name}.weight"].shape[1] for name in ("context_embedder", "y_embedder.mlp.0")
+        )
+        shape = dict(in_channels=channels, patch_size=patch)
+        shape["qk_norm"] = any("ln_q" in key for key in state)
+        shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
+    described = folder / "vae/config.json"
+    with reading(described, "configuration of an SD3"):
+        vae = json.loads(described.read_text(encoding="utf-8"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder} has no vae/config.json of an SD3: {error}") from None
     meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
     spec = dict(shape=[channels, 1024 // factor, 1024 // factor], classes=0, names=None, meta=meta)
     return spec | dict(context=[77 + 256, context], pooled=[pooled], network=shape), state

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import pictures
 from data import DATA, HELD_OUT, Data, seeded
 from mmdit import ClassMMDiT
+from options import reading
 from rf import Field, Formulation, Generator, Pair, Path, RectifiedFlow, expand, solve
 
 
@@ -161,12 +162,8 @@ def load_mixture(name: str) -> GaussianMixture:
         return MIXTURES[raw]().standardized() if raw == name else MIXTURES[raw]()
     if not name.endswith(".json"):
         raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(MIXTURES)}, FILE.json")
-    try:
+    with reading(name, "mixture of means, covs and weights"):
         return GaussianMixture(**json.loads(File(name).read_text()))
-    except OSError as error:
-        raise ValueError(f"mixture {name}: {error.strerror}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"mixture {name}: {error}; it needs means, covs, weights") from None
 
 
 # ---- The network
@@ -324,6 +321,14 @@ class Toy(Data):
         def __post_init__(self):
             if isinstance(self.mixture, str):  # the checkpoint holds the mixture, not its name
                 self.mixture = load_mixture(self.mixture).spec()
+            GaussianMixture(**self.mixture)  # an error where it is none
+
+    @dataclass
+    class Spec(Options, Data.Spec):
+        def __post_init__(self):
+            modes = len(GaussianMixture(**self.mixture).weights) * self.conditional
+            if (self.shape, self.classes) != ([2], modes):
+                raise ValueError(f"shape {self.shape} and {self.classes} classes do not fit")
 
     # what a student changes in its teacher's recipe; it clips, as a solve may go astray
     distil: ClassVar = dict(steps=8_000, batch_size=1024, lr=2e-3, clip=1.0)
@@ -343,7 +348,7 @@ class Toy(Data):
 
     def spec(self) -> dict:
         classes = len(self.mixture.weights) if self.conditional else 0
-        return asdict(self.options) | {"shape": [2], "classes": classes}
+        return asdict(self.Spec([2], classes, **asdict(self.options)))
 
     def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
         drawn = self.mixture.sample(size, seeded(seed, n, micro, DATA))

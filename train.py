@@ -12,6 +12,11 @@ over ranks and accumulation alike. So the step is the only state of randomness: 
 the uninterrupted one bit for bit on a CPU, and two ranks equal one that accumulates twice.
 Time: t = 0 is data, t = 1 is noise. Read next: `studies/README.md`, what was measured with it."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that is cut short
+
 import contextlib
 import copy
 import itertools
@@ -19,7 +24,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 import warnings
@@ -39,8 +43,8 @@ from tqdm import tqdm
 
 import perflow
 import sample
-from data import HELD_OUT, NOISE, seeded
-from options import Parser, Recipe, names, pick
+from data import HELD_OUT, NOISE, locked, seeded
+from options import Parser, Recipe, names, pick, ranks, reading
 from rf import Field, squared_error
 from sample import DATASETS, OBJECTIVES, Sampler, autocast
 
@@ -73,9 +77,9 @@ def make_parser() -> Parser:
     return parser
 
 
-def configure(given: dict) -> tuple[dict, File, dict | None, Sampler | None]:
+def configure(given: dict, held: contextlib.ExitStack) -> tuple:
     """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags
-    that were given. ValueError on bad ones."""
+    that were given. The folder is locked until `held` is closed. ValueError on bad flags."""
     objective = next((name for name in OBJECTIVES if name in given), None)
     teacher, init, resume = given.get(objective), given.get("init"), given.get("resume")
     if init and (teacher or resume):
@@ -87,9 +91,8 @@ def configure(given: dict) -> tuple[dict, File, dict | None, Sampler | None]:
     own = ("out", "resume", "device", "init", objective)
     flags = {key: value for key, value in given.items() if key not in own}
     name, checkpoint = flags.get("dataset", origin.get("dataset", "toy2d")), None
-    folder = lambda n: File("runs") / "-".join(filter(None, (name, objective, n > 1 and str(n))))
-    free = next(n for n in itertools.count(1) if not (folder(n) / "checkpoint.pt").exists())
-    out = given.get("out") or folder(free - 1 if resume else free)
+    default = "-".join(filter(None, (name, objective)))
+    out = choose(given.get("out"), default, bool(resume), held)
     if resume:
         checkpoint, whose = sample.read(out / "checkpoint.pt"), f"the run in {out}"
         origin = checkpoint["config"]
@@ -101,10 +104,34 @@ def configure(given: dict) -> tuple[dict, File, dict | None, Sampler | None]:
         if flags.get("steps", origin["steps"]) < checkpoint["step"]:
             at = f"{out} is at step {checkpoint['step']} already"
             raise ValueError(f"--steps {flags['steps']}: {at}")
-    elif (out / "checkpoint.pt").exists() and int(os.environ.get("RANK", 0)) == 0:
-        raise ValueError(f"--out {out} holds a run already: --resume it, or take another --out")
     config = compose(flags, name, objective, origin, bool(resume), whose)
-    return config | {"teacher": teacher}, out, checkpoint, start
+    digest = sample.digest(start.network) if teacher else None
+    if resume and digest != origin.get("teacher_digest"):
+        raise ValueError(f"{teacher} has other weights than the teacher of {whose}")
+    return config | {"teacher": teacher, "teacher_digest": digest}, out, checkpoint, start
+
+
+def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitStack) -> File:
+    """The run's folder, locked until `held` is closed: --out, or runs/DEFAULT, which is numbered.
+    To go on with, it is the last one that holds a run; for a new run, the first free one."""
+    numbered = lambda n: File("runs") / (default if n == 1 else f"{default}-{n}")
+    there = lambda folder: (folder / "checkpoint.pt").exists()
+    free = next(n for n in itertools.count(1) if not there(numbered(n)))
+    if resume and not out:
+        out = numbered(max(1, free - 1))
+    for n in itertools.count(free):
+        folder = out or numbered(n)
+        if ranks()[0] > 0:
+            return folder  # rank 0 holds it for all
+        try:
+            held.enter_context(locked(folder))
+            if there(folder) and not resume:
+                what = "holds a run already: --resume it, or take another --out"
+                raise BlockingIOError(f"--out {folder} {what}")
+            return folder
+        except BlockingIOError:
+            if out:
+                raise
 
 
 def compose(flags: dict, name: str, objective: str | None, origin: dict, resume: bool, whose: str):
@@ -191,10 +218,23 @@ class State:
         self.optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, **how, fused=True)
 
     def load(self, checkpoint: dict, origin: File) -> None:
+        """The moments are the checkpoint's, the settings of the optimizer are the recipe's."""
         sample.load_weights(self.network, checkpoint["network"], origin)
         sample.load_weights(self.average, checkpoint["ema"], origin)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step = checkpoint["step"]
+        self.step, moments = checkpoint["step"], checkpoint["optimizer"]["state"]
+        for i, w in enumerate(self.network.parameters()) if self.step else ():
+            shapes = [moments[i][key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [(), w.shape, w.shape]:
+                raise ValueError(f"moments of the shapes {shapes} for weights of {w.shape}")
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def finite(self) -> bool:
+        """Whether the weights, their average and the moments are, and their squares: what cannot go
+        on is never saved."""
+        moments = [x for moments in self.optimizer.state.values() for x in moments.values()]
+        tensors = [*self.network.parameters(), *self.average.parameters(), *moments]
+        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
 
     def save(self, path: File, config: dict | None = None) -> None:
         """A checkpoint; without a configuration, it is of a network and a tensor of one's own."""
@@ -237,14 +277,16 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
             continue
         losses.append(loss)
         due = lambda every: state.step % every == 0 or state.step == recipe.steps
-        if not due(recipe.log_every):
+        if not (due(recipe.log_every) or run.interrupted()):
             continue
         values, stop = run.gather(losses)  # the loop's only wait for the device
         losses.clear()
-        if not all(map(math.isfinite, values)):
-            return run.diverged(values)
-        run.log(values, run.evaluate() if due(recipe.eval_every) else {})
-        if due(recipe.save_every) or stop:
+        saving = due(recipe.save_every) or stop
+        metrics = run.evaluate() if due(recipe.eval_every) else {}
+        if fault := run.fault(values, metrics, saving):
+            return fault
+        run.log(values, metrics)
+        if saving:
             run.save()
         if stop:
             return 128 + (run.signals or [signal.SIGTERM])[0]
@@ -284,21 +326,28 @@ class Run:
     def __init__(self, out: File, config: dict, state: State, data, objective, recipe: Recipe):
         self.out, self.config, self.state, self.recipe = out, config, state, recipe
         self.data, self.objective = data, objective
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = ranks()
         self.sampler = Sampler(state.average, objective, config, recipe.steps)
         self.device, self.metrics = self.sampler.device, {}
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         self.peak = next((r for name, r in PEAK.items() if name in re.split("[ -]", chip)), 0)
         self.flops = 0  # a student's steps are its teacher's work too: not counted
         if self.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
             cut_log(out / "log.jsonl", state.step)
             self.file = (out / "log.jsonl").open("a")
             self.held_out = [x.to(self.device) for x in data.held_out(recipe.validation)]
             if self.peak and recipe.precision == "bf16" and not config["teacher"]:
                 self.flops = training_flops(state.network, *self.held_out)
         signals = self.signals = []  # the handlers must not hold the run, and so DDP, see `main`
-        note = lambda n, frame: (signals.append(n), signal.signal(n, signal.SIG_DFL))
+
+        def note(n: int, frame) -> None:
+            signals.append(n)
+            if len(signals) > 1:
+                for half in out.glob(f"*.{os.getpid()}.tmp"):
+                    half.unlink(missing_ok=True)
+                signal.signal(n, signal.SIG_DFL)
+                signal.raise_signal(n)
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
         self.saved = state.step
@@ -320,12 +369,21 @@ class Run:
         self.rate = len(values) * self.recipe.batch_size / (time.perf_counter() - self.since)
         return values, stop
 
+    def interrupted(self) -> bool:
+        """Whether a signal need not wait for the next log: alone, and where steps are long."""
+        return self.world == 1 and bool(self.signals) and time.perf_counter() - self.since > 1
+
     def evaluate(self) -> dict[str, float]:
-        """Of the average of the weights, on held-out data."""
+        """Of the average of the weights, on held-out data. All ranks know the loss."""
+        loss = torch.zeros((), device=self.device)
         if self.rank == 0:
             field = self.objective.field(self.sampler.guided())
-            loss = validation_loss(field, self.objective, *self.held_out)
-            self.metrics = {"val_loss": loss, **self.data.metrics(self.sampler)}
+            loss += validation_loss(field, self.objective, *self.held_out)
+        if self.world > 1:
+            dist.broadcast(loss, 0)
+        self.metrics = {"val_loss": loss.item()}
+        if self.rank == 0 and loss.isfinite():
+            self.metrics |= self.data.metrics(self.sampler)
             if self.state.step != self.recipe.steps:
                 self.data.preview(self.sampler, self.out)
         return self.metrics
@@ -348,18 +406,32 @@ class Run:
             self.state.save(self.out / "checkpoint.pt", self.config)
         self.saved = self.state.step
 
-    def diverged(self, values: list[float]) -> str:
-        """What the process exits with where a loss is not finite."""
-        bad = next(i for i, value in enumerate(values) if not math.isfinite(value))
-        step = self.state.step - len(values) + bad + 1
+    def fault(self, values: list[float], metrics: dict[str, float], saving: bool) -> str | None:
+        """What the process exits with where a loss, or a weight that is to be saved, is not finite.
+        A run that has saved nothing but its start leaves nothing."""
+        step, bad = self.state.step, [i for i, x in enumerate(values) if not math.isfinite(x)]
+        if bad:
+            what = f"the loss of step {step - len(values) + bad[0] + 1}"
+        elif not math.isfinite(metrics.get("val_loss", 0)):
+            what = f"the validation loss after step {step}"
+        elif saving and not self.state.finite():
+            what = f"a weight or a moment after step {step}"
+        else:
+            return None
         kept = f"the checkpoint of step {self.saved} is kept in {self.out}"
-        return f"the loss of step {step} is not finite: stopped; {kept}; a lower --lr may help"
+        if self.saved == 0:
+            kept = "nothing is kept"
+            if self.rank == 0:
+                self.file.close()
+                for name in ("checkpoint.pt", "log.jsonl"):
+                    (self.out / name).unlink(missing_ok=True)
+        return f"{what} is not finite: stopped; {kept}; a lower --lr may help"
 
 
 def cut_log(path: File, step: int) -> None:
     """Keep the log's whole lines up to this step."""
     whole = lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step
-    with path.open("ab+") as log:
+    with path.open("ab+") as log, reading(path, "log of a run"):
         log.seek(0)
         log.truncate(sum(map(len, itertools.takewhile(whole, log))))
 
@@ -369,7 +441,8 @@ def main() -> None:
     parser = make_parser()
     given = parser.given()
     try:
-        outcome = launch(given, parser)
+        with contextlib.ExitStack() as held:
+            outcome = launch(given, parser, held)
     except OSError as error:  # a full disk, say; the last checkpoint stays
         parser.error(error)
     # After `launch`, whose DDP must be gone: the last owner of the group waits for its threads, and
@@ -380,16 +453,17 @@ def main() -> None:
         sys.exit(outcome)
 
 
-def launch(given: dict, parser: Parser) -> str | int | None:
+def launch(given: dict, parser: Parser, held: contextlib.ExitStack) -> str | int | None:
     """A whole run. Returns None, or what the process exits with: a message or a signal's code."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
     with parser.one_line_errors():
-        config, out, checkpoint, start = configure(given)
+        _, world = ranks()
+        config, out, checkpoint, start = configure(given, held)
         recipe = pick(Recipe, config)
         device = sample.check_device(given.get("device"))
         kind = DATASETS[config["dataset"]]
         data = kind(pick(kind.Options, config))
-        config["spec"] = compared(data.spec(), config["spec"], config["teacher"] or str(out))
+        whose = str(out) if checkpoint else config["teacher"] or given.get("init")
+        config["spec"] = compared(data.spec(), config["spec"], whose, bool(checkpoint))
         teacher = start if config["teacher"] else None
         objective = sample.objective_of(config, teacher and teacher.guided)
         parts = world * recipe.accumulate * objective.reuse
@@ -408,7 +482,8 @@ def launch(given: dict, parser: Parser) -> str | int | None:
                 teacher.cfg = config["teacher_cfg"]
         state = State(network, recipe)
         if checkpoint:
-            state.load(checkpoint, out)
+            with reading(out / "checkpoint.pt", "checkpoint"):
+                state.load(checkpoint, out)
             del checkpoint  # of 16 bytes a parameter
         state.model = distributed(torch.compile(network) if recipe.compile else network, device)
         run = Run(out, config, state, data, objective, recipe)
@@ -438,19 +513,23 @@ def launch(given: dict, parser: Parser) -> str | int | None:
     print(f"next: python sample.py {out}/checkpoint.pt{few} --out samples.png")
 
 
-def compared(spec: dict, known: dict | None, whose: str) -> dict:
-    """The spec of the data, which must be those of the run that is resumed or of the teacher. A
-    released model was trained on data that nobody has: only its network counts."""
-    released = (known or {}).get("network")
-    if known and not released and known != spec:
-        raise ValueError(f"these data are not those of {whose}")
-    return spec | {"network": released} if released else spec
+def compared(spec: dict, known: dict | None, whose: str, resumed: bool) -> dict:
+    """The spec of the data, which must be those of the run that is resumed, or be like those of the
+    model that the run starts from. Of a released one, only the network counts."""
+    known = known or spec
+    if released := known.get("network"):
+        spec = spec | {"network": released}
+    other = {key for key in spec if spec[key] != known.get(key)}
+    other -= set() if resumed else {"examples", "digest"} | (set(spec) if released else set())
+    if other:
+        raise ValueError(f"these data are not those of {whose}: {', '.join(sorted(other))} differ")
+    return spec
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
     """The model over all ranks of torchrun."""
     torch.backends.cuda.matmul.allow_tf32 = True
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if ranks()[1] == 1:
         return model
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -67,11 +67,13 @@ def bench_toy(rounds: int) -> None:
 
 
 def run(
-    rounds: Annotated[Count, "of the toy, 250 steps each; MM-DiT takes a quarter second each"] = 12,
-    depth: Annotated[Count, "of MM-DiT: blocks, heads, width / 64"] = 6,
-    scale: Annotated[Count, "latents of 32 SCALE, 256 SCALE^2 tokens"] = 1,
-    context: Annotated[Count, "context tokens"] = 77,
-    batch_size: Annotated[Count, "of MM-DiT"] = 4,
+    rounds: Annotated[
+        Count, "of 250 steps of the toy, and a quarter second of MM-DiT", 1, 1000
+    ] = 12,
+    depth: Annotated[Count, "of MM-DiT: blocks, heads, width / 64", 1, 256] = 6,
+    scale: Annotated[Count, "latents of 32 SCALE, 256 SCALE^2 tokens", 1, 16] = 1,
+    context: Annotated[Count, "context tokens", 1, 10_000] = 77,
+    batch_size: Annotated[Count, "of MM-DiT", 1, 2**16] = 4,
     precision: Annotated[Literal["fp32", "bf16"], "of MM-DiT"] = "fp32",
     compile: Annotated[bool, "torch.compile the network"] = False,
     device: Annotated[str | None, "cpu, cuda, ..."] = None,

@@ -7,18 +7,20 @@ table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID
 
 import json
 import multiprocessing
-import re
+import os
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import toy2d
-from options import Count, Recipe, command
+from options import Count, Recipe, command, reading
 from rf import STUDY, formulation
 from train import State, batches, train
 
@@ -67,24 +69,40 @@ def trained(job: tuple[str, str, int], steps: int) -> dict:
 
 
 def run_file(out: File, name: str, mixture: str, seed: int) -> File:
-    return out / f"{re.sub('[^a-z0-9.-]+', '_', name)}-{mixture}-{seed}.json"
+    return out / f"{quote(f'{name}-{mixture}-{seed}', safe='(),')}.json"
+
+
+def read_run(file: File) -> dict:
+    with reading(file, "run of this study"):
+        run = json.loads(file.read_text())
+        if not isinstance(run["steps"], int):
+            raise ValueError("its steps are no number")
+        _ = run["name"], run["mixture"], run["seed"], float(run["excess"])
+        _ = [float(run[str(n)][key]) for n in STEPS for key in ("energy", "outliers")]
+    return run
+
+
+def end_with_parent() -> None:
+    """In a worker: leave when the process that waits for the results is gone, even killed."""
+    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
     """The runs of these (name, mixture, seed): read from `out`, or made and kept there."""
     out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not run_file(out, *job).exists()]
-    there = {json.loads(run_file(out, *job).read_text())["steps"] for job in {*jobs} - {*missing}}
+    there = {read_run(run_file(out, *job))["steps"] for job in {*jobs} - {*missing}}
     if there - {steps}:
         raise ValueError(f"--out {out} holds runs of {min(there - {steps})} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    with multiprocessing.get_context("spawn").Pool(initializer=end_with_parent) as pool:
         made = pool.imap_unordered(partial(trained, steps=steps), missing)
         for run in tqdm(made, initial=len(jobs) - len(missing), total=len(jobs)):
             file = run_file(out, run["name"], run["mixture"], run["seed"])
             file.with_suffix(".tmp").write_text(json.dumps(run))
             file.with_suffix(".tmp").replace(file)
-    return [json.loads(run_file(out, *job).read_text()) for job in jobs]
+    return [read_run(run_file(out, *job)) for job in jobs]
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -140,7 +158,7 @@ def run(
     all: Annotated[bool, "all 61 formulations instead of the table's 16"] = False,
     names: Annotated[list[str] | None, "these formulations only"] = None,
     mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring", "grid"),
-    seeds: Annotated[Count, "runs of each"] = 3,
+    seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
     steps: Annotated[Count, "training steps of a run"] = 11_000,
     out: Annotated[File, "where runs are kept"] = File("runs/study"),
 ) -> None:

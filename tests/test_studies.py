@@ -73,7 +73,7 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     """In a thread instead of a process, and with fewer samples, for speed."""
     reference = toy2d.reference
     monkeypatch.setattr(toy2d, "reference", lambda mixture, seed: reference(mixture, seed, 500))
-    pool = SimpleNamespace(Pool=lambda: ThreadPool(1))
+    pool = SimpleNamespace(Pool=lambda initializer: ThreadPool(1))
     monkeypatch.setattr(rank.multiprocessing, "get_context", lambda kind: pool)
     job = ("rf/cosmap", "ring", 1)
     (run,) = rank.run_missing(tmp_path, [job], 30)
@@ -152,7 +152,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     for args, says in (
         (["--mixtures", "rong"], "'rong'; choose from ring, grid"),
         (["--names", "ref"], "'ref'; choose from rf"),
-        (["--seeds", "0"], "at least 1"),
+        (["--seeds", "0"], "from 1 to 1,000"),
     ):
         main = lambda: command(rank.run, rank.__doc__)
         assert_one_line(in_process(main, args, tmp_path, monkeypatch, capsys), says)

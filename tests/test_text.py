@@ -352,7 +352,7 @@ def test_bad_captions_are_one_line(folder, captioned, tmp_path, monkeypatch, cap
     (copy / "metadata.jsonl").write_text("[]")
     args = ["encode", "--images", copy, "--text", folder, "--out", "x", "--size", "16"]
     done = in_process(data.main, args, tmp_path, monkeypatch, capsys)
-    assert_one_line(done, "metadata.jsonl has no lines of file_name and text")
+    assert_one_line(done, "metadata.jsonl is damaged or no lines of file_name and text")
     (copy / "metadata.jsonl").unlink()
     done = in_process(data.main, args, tmp_path, monkeypatch, capsys)
     assert_one_line(done, "1.jpg has no caption: no .txt beside it, no line in metadata.jsonl")

@@ -206,7 +206,7 @@ def test_mlp_conditions_on_labels():
     "text, says",
     [
         ("{", "Expecting"),
-        ("[1]", "needs means"),
+        ("[1]", "no mixture of means"),
         ('{"means": [[0,0]]}', "missing"),
         ('{"means": [[0,0]], "covs": [[[1,0],[0,1]]], "weights": [1], "x": 1}', "unexpected"),
         ('{"means": [[0,0]], "covs": [[[1,0],[0,-1]]], "weights": [1]}', "positive semi-definite"),

@@ -1,5 +1,6 @@
 """The loop: its draws, resumption to the bit, kills, and one line on bad input."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -528,7 +529,7 @@ def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
         (["--resume", "--out", finished[0], "--steps", "5"], "is at step 450 already"),
         (["--windows", "4"], "--windows 4 needs --perflow TEACHER"),
         (["--perflow", teacher, "--resume", "--out", finished[0]], "is no perflow student"),
-        (["--perflow", teacher, "--windows", "0"], "at least 1"),
+        (["--perflow", teacher, "--windows", "0"], "from 1 to 1,000"),
     ):
         assert_one_line(in_process(train.main, args, folder, monkeypatch, capsys), says)
         assert list(folder.iterdir()) == []
@@ -580,9 +581,9 @@ BAD_TRAIN = [
     (["--mixture", "none.json"], ["none.json", "No such file"]),
     (["--steps", "0"], ["--steps", "at least 1"]),
     (["--steps", "-5"], ["--steps", "at least 1"]),
-    (["--batch-size", "0"], ["--batch-size", "at least 1"]),
-    (["--lr", "nan"], ["--lr nan"]),
-    (["--lr", "-1"], ["--lr -1"]),
+    (["--batch-size", "0"], ["--batch-size: 0", "from 1 to 65,536"]),
+    (["--lr", "nan"], ["--lr: nan"]),
+    (["--lr", "-1"], ["--lr: -1"]),
     (["--device", "tpu9"], ["'tpu9'", "cpu"]),
     (["--device", "cuda:77"], ["'cuda:77'", "cpu"]),
     (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
@@ -638,9 +639,9 @@ def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
     says = {
         "other": "another network",
         "config": "older version",
-        "list": "no checkpoint of this project",
+        "list": "no config, ema, network, optimizer, step",
     }
-    says["old"] = "is of an older version of this project"
+    says["old"] = "it is of an older version: no"
     for name, file in write_damaged(tmp_path, finished[0] / "checkpoint.pt").items():
         done = in_process(sample.main, [file], tmp_path, monkeypatch, capsys)
         assert_one_line(done, file.name, says.get(name, "damaged or no checkpoint"))
@@ -669,7 +670,11 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(
 
 def test_numbered_default_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = lambda: train.configure({})[1]
+
+    def out():
+        with contextlib.ExitStack() as held:
+            return train.configure({}, held)[1]
+
     assert out() == Path("runs/toy2d")
     Path("runs/toy2d").mkdir(parents=True)
     (Path("runs/toy2d") / "checkpoint.pt").touch()
