@@ -11,7 +11,7 @@ Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs th
     sampler = sample.load("runs/toy2d/checkpoint.pt")
     x0 = sampler.sample(torch.randn(1000, 2), steps=50)
 
-Read next: `train.py`, which writes the checkpoints."""
+Read next: `configure.py` and `train.py`, which writes the checkpoints."""
 
 import signal
 
@@ -126,7 +126,7 @@ class Sampler:
         return torch.cat(out)
 
 
-# ---- Checkpoints: {config, step, network, ema, optimizer}; `train.configure` explains config
+# ---- Checkpoints: {config, step, network, ema, optimizer}; `configure.py` makes config
 def save(path: File, content: dict) -> None:
     """Write beside the old file, flush to the disk, rename: there is always a whole one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -164,7 +164,7 @@ def read(path: str | File, kind: str = "checkpoint") -> dict:
 
 
 def check(content: dict, kind: str) -> None:
-    """That a configuration is one that `train.configure` makes, and that its network has the stored
+    """That a configuration is one that `configure.py` makes, and that its network has the stored
     shapes, before anything of its sizes is allocated. Errors of any kind where not."""
     config = content["config"]
     if fault := misfit(config["teacher"], str | None):

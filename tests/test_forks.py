@@ -208,7 +208,7 @@ class Consistency:
 def test_c_an_objective_is_one_class(tmp_path, monkeypatch, capsys, own_process, finished):
     """Two equal runs and a resumed one are equal to the bit, though the target moves."""
     monkeypatch.setitem(sample.OBJECTIVES, "consistency", Consistency)
-    monkeypatch.setattr(train.DATASETS["toy2d"], "report", lambda *args: None)
+    monkeypatch.setattr(sample.DATASETS["toy2d"], "report", lambda *args: None)
     teacher = finished[0] / "checkpoint.pt"
     flags = ["--consistency", teacher, "--skips", 4, "--batch-size", 32]
     short = ["--steps", 150]
@@ -217,8 +217,8 @@ def test_c_an_objective_is_one_class(tmp_path, monkeypatch, capsys, own_process,
     one, two = (sample.read(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     assert same(one, two) and one["config"]["skips"] == 4
     # with a constant rate, so that a shorter run is the beginning of a longer one
-    own = train.DATASETS["toy2d"].distil
-    monkeypatch.setattr(train.DATASETS["toy2d"], "distil", own | {"decay": False, "warmup": 1})
+    own = sample.DATASETS["toy2d"].distil
+    monkeypatch.setattr(sample.DATASETS["toy2d"], "distil", own | {"decay": False, "warmup": 1})
     run(monkeypatch, *flags, "--steps", 300, "--out", tmp_path / "whole")
     run(monkeypatch, *flags, *short, "--out", tmp_path / "part")
     run(monkeypatch, "--resume", "--out", tmp_path / "part", "--steps", 300)

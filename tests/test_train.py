@@ -26,6 +26,7 @@ import data
 import sample
 import toy2d
 import train
+from configure import configure
 from data import DATA, NOISE, Data, Dataset, Latents, seeded
 from options import Recipe
 from perflow import PeRFlow
@@ -673,7 +674,7 @@ def test_numbered_default_folders(tmp_path, monkeypatch):
 
     def out():
         with contextlib.ExitStack() as held:
-            return train.configure({}, held)[1]
+            return configure({}, held)[1]
 
     assert out() == Path("runs/toy2d")
     Path("runs/toy2d").mkdir(parents=True)
