@@ -38,6 +38,7 @@ def run(
     out: Annotated[File, "folder of the pictures"] = File(),
 ) -> None:
     truth = toy2d.load_mixture(mixture)
+    out.mkdir(parents=True, exist_ok=True)
     noise = torch.randn(60, 2, generator=torch.Generator().manual_seed(3))
     colours, panels = hues(noise), []
     for key in SHOWN[:4]:
