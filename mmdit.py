@@ -231,6 +231,16 @@ class MMDiT(nn.Module):
         x = x.reshape(B, H // p, W // p, p, p, self.in_channels)  # (B,h,w,p,p,C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)  # (B,C,h,p,w,p)
 
+    def mixed(self, c: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
+        """The streams after all blocks."""
+        for block in self.joint_blocks:
+            if self.checkpointing and self.training:
+                how = {"use_reentrant": False, "preserve_rng_state": False}
+                streams = checkpoint(block, c, *streams, **how)
+            else:
+                streams = block(c, *streams)
+        return streams
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """x (B,C,H,W), t (B,) in [0, 1], context (B,L,.), pooled (B,.) -> (B,C,H,W)."""
         H, W = x.shape[2:]
@@ -242,12 +252,7 @@ class MMDiT(nn.Module):
         streams = (self.context_embedder(context).to(x.dtype), x)  # (B,L,D), (B,N,D)
         if self.shared:
             streams = (torch.cat(streams, dim=1),)  # (B,L+N,D)
-        for block in self.joint_blocks:
-            if self.checkpointing and self.training:
-                how = {"use_reentrant": False, "preserve_rng_state": False}
-                streams = checkpoint(block, c, *streams, **how)
-            else:
-                streams = block(c, *streams)
+        streams = self.mixed(c, *streams)
         x = self.final_layer(streams[-1][:, -N:], c)  # the image tokens: (B,N,p p C)
         return self.unpatchify(x, H, W)
 

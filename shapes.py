@@ -289,17 +289,19 @@ class Shapes(Data):
         return file
 
     # ---- What a run shows
-    def _right(self, model, n: int, new: bool = False, **how) -> dict[str, float]:
+    @staticmethod
+    def right(model, n: int, new: bool = False, **how) -> dict[str, float]:
+        """The `verdicts` on samples of n held-out captions, seen or with unseen pairs."""
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
         return verdicts(rows, model.draw(n, *conditions_of(rows), **how))
 
     def _both(self, model, steps: int) -> str:
-        seen, new = (self._right(model, 200, new, steps=steps) for new in (False, True))
+        seen, new = (self.right(model, 200, new, steps=steps) for new in (False, True))
         distance = (seen["distance"] + new["distance"]) / 2
         return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
 
     def metrics(self, model) -> dict[str, float]:
-        return {"right": self._right(model, 64, steps=10)["all right"]}
+        return {"right": self.right(model, 64, steps=10)["all right"]}
 
     def report(self, model, out: File, teacher=None) -> None:
         """At the end of a run: how often samples show their captions, and a sheet of them."""
@@ -312,7 +314,7 @@ class Shapes(Data):
         heads = "".join(f"{k:>12}" for k in (*KINDS, "distance"))
         print(f"{f'{steps} steps, 400 captions':24}{heads}")
         for cfg, new in itertools.product(guidance, (False, True)):
-            shares = self._right(model, 400, new, steps=steps, cfg=cfg)
+            shares = self.right(model, 400, new, steps=steps, cfg=cfg)
             name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
             cells = "".join(f"{shares[kind]:12.1%}" for kind in KINDS)
             print(f"{name:24}{cells}{shares['distance']:12.3f}")

@@ -5,23 +5,18 @@
 Each run is trained, sampled from its EMA weights, kept as a file in --out, and not made again. The
 table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
 
-import json
-import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
-from urllib.parse import quote
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import toy2d
-from options import Count, Recipe, command, reading
+from options import Count, Recipe, command
 from rf import STUDY, formulation
+from studies.runs import run_missing
 from train import State, batches, train
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
@@ -58,7 +53,7 @@ def trained(job: tuple[str, str, int], steps: int) -> dict:
     with torch.enable_grad():
         train(state, formula, stream, recipe)
     stream.close()
-    run = {"name": name, "mixture": job[1], "seed": seed, "steps": steps}
+    run = {"job": job, "name": name, "mixture": job[1], "seed": seed, "steps": steps}
     run["excess"] = toy2d.relative_excess(state.average, formula, mixture)
     points, _, noise, exact = toy2d.reference(mixture, seed)
     for n in STEPS:
@@ -66,43 +61,6 @@ def trained(job: tuple[str, str, int], steps: int) -> dict:
         own = toy2d.sample_metrics(x, points, mixture)
         run[str(n)] = {"energy": own["energy"] - exact["energy"], "outliers": own["outliers"]}
     return run
-
-
-def run_file(out: File, name: str, mixture: str, seed: int) -> File:
-    return out / f"{quote(f'{name}-{mixture}-{seed}', safe='(),')}.json"
-
-
-def read_run(file: File) -> dict:
-    with reading(file, "run of this study"):
-        run = json.loads(file.read_text())
-        if not isinstance(run["steps"], int):
-            raise ValueError("its steps are no number")
-        _ = run["name"], run["mixture"], run["seed"], float(run["excess"])
-        _ = [float(run[str(n)][key]) for n in STEPS for key in ("energy", "outliers")]
-    return run
-
-
-def end_with_parent() -> None:
-    """In a worker: leave when the process that waits for the results is gone, even killed."""
-    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def run_missing(out: File, jobs: list[tuple[str, str, int]], steps: int) -> list[dict]:
-    """The runs of these (name, mixture, seed): read from `out`, or made and kept there."""
-    out.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not run_file(out, *job).exists()]
-    there = {read_run(run_file(out, *job))["steps"] for job in {*jobs} - {*missing}}
-    if there - {steps}:
-        raise ValueError(f"--out {out} holds runs of {min(there - {steps})} steps, not {steps}")
-    # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
-    with multiprocessing.get_context("spawn").Pool(initializer=end_with_parent) as pool:
-        made = pool.imap_unordered(partial(trained, steps=steps), missing)
-        for run in tqdm(made, initial=len(jobs) - len(missing), total=len(jobs)):
-            file = run_file(out, run["name"], run["mixture"], run["seed"])
-            file.with_suffix(".tmp").write_text(json.dumps(run))
-            file.with_suffix(".tmp").replace(file)
-    return [read_run(run_file(out, *job)) for job in jobs]
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -165,7 +123,9 @@ def run(
     names = names or (STUDY if all else list(PAPER))
     _ = [formulation(name) for name in names] + [toy2d.load_mixture(name) for name in mixtures]
     jobs = [(n, m, s) for s in range(seeds) for m in mixtures for n in names]
-    table = rank_table(run_missing(out, jobs, steps), names, mixtures)
+    keys = {"name", "mixture", "seed", "excess", *map(str, STEPS)}
+    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
+    table = rank_table(runs, names, mixtures)
     file = out / f"table-{'-'.join(mixtures)}.md"
     file.write_text(table + "\n")
     print(f"{table}\n\nwrote {file}")

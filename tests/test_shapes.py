@@ -228,7 +228,7 @@ def model(tmp_path_factory):
         patch.setattr(
             Shapes, "recipe", staticmethod(lambda o: own(o) | quick | {"precision": "fp32"})
         )
-        patch.setattr(Shapes, "_right", few(Shapes._right))
+        patch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
         patch.setattr(sys, "argv", ["train.py", "--dataset", "shapes", "--out", str(out)])
         train.main()
     return out
@@ -241,7 +241,7 @@ def few(right):
 def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):
     assert Image.open(model / "samples.png").size[0] > 800
     assert "right" in (model / "log.jsonl").read_text()
-    monkeypatch.setattr(Shapes, "_right", few(Shapes._right))
+    monkeypatch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
     sampler = sample.load(model / "checkpoint.pt")
     Shapes(None).report(sampler, model)
     printed = capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_a_prompt_for_a_model_without_text_is_one_line(finished, tmp_path, monke
     "flags", [[], ["--guidance", "fixed", "--teacher-cfg", "3"]], ids=["sync", "fixed"]
 )
 def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, flags):
-    monkeypatch.setattr(Shapes, "_right", few(Shapes._right))
+    monkeypatch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
     args = ["--perflow", model / "checkpoint.pt", "--steps", 4, "--batch-size", 8, *flags]
     monkeypatch.setattr(
         sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "student")]

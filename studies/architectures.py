@@ -1,0 +1,219 @@
+"""SD3's figure 4 on shapes: MM-DiT against DiT, CrossDiT and UViT, and what each text path is for.
+
+    python -m studies.architectures       55 minutes on two cores
+
+All have the same data, draws, steps and learning rate. At equal depth MM-DiT has about twice the
+weights of a DiT, so the table has the others at a depth of equal weights, too, and says what a step
+costs. The exact reader judges samples of captions whose pairs were seen in training, or not."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path as File
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
+from options import Count, Recipe, command
+from pictures import plot
+from rf import formulation
+from sample import Sampler
+from shapes import Shapes
+from studies.runs import run_missing
+from train import State, batches, train, training_flops, validation_loss
+
+
+# ---- The rivals of section 5.2: each has MM-DiT's embeddings, adaLN and final layer
+class CrossBlock(StreamBlock):
+    """Self-attention over the image, cross-attention to the text, MLP. The text stays as it is."""
+
+    def __init__(self, width: int, qk_norm: bool):
+        super().__init__(width, qk_norm)
+        self.query, self.proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+
+    def forward(self, c: Tensor, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale, gate, *mlp = self.modulation(c)
+        q, k, v = (y.transpose(1, 2) for y in self.attn(modulate(x, shift, scale)))
+        x = x + gate * self.attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        heads = lambda y: y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        q = heads(self.query(F.layer_norm(x, x.shape[-1:])))
+        k, v = map(heads, self.key_value(context).chunk(2, dim=-1))
+        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return context, x + mlp[2] * self.mlp(modulate(x, *mlp[:2]))
+
+
+class CrossDiT(MMDiT):
+    def __init__(self, depth: int, qk_norm: bool = False, **shape):
+        super().__init__(depth, **shape)
+        self.joint_blocks = nn.ModuleList(CrossBlock(self.width, qk_norm) for _ in range(depth))
+        self._initialize()
+        for block in self.joint_blocks:  # so that each block starts as the identity
+            nn.init.zeros_(block.proj.weight)
+
+
+class UViT(MMDiT):
+    """One sequence of text and image tokens, and long skips from each block of the first half to
+    its mirror image. They start at zero, so a new network is a DiT."""
+
+    def __init__(self, depth: int, **shape):
+        super().__init__(depth, **shape, shared=True)
+        self.skips = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(depth // 2))
+        for skip in self.skips:
+            nn.init.zeros_(skip.weight), nn.init.zeros_(skip.bias)
+
+    def mixed(self, c: Tensor, x: Tensor) -> tuple[Tensor]:
+        left = []
+        for i, block in enumerate(self.joint_blocks):
+            if i >= len(self.joint_blocks) - len(self.skips):
+                x = x + self.skips[len(left) - 1](left.pop())
+            (x,) = block(c, x)
+            if i < len(self.skips):
+                left.append(x)
+        return (x,)
+
+
+def half_blind(part: str) -> type[MMDiT]:
+    """An MM-DiT that is shown zeros for one of its two texts."""
+
+    class HalfBlind(MMDiT):
+        def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+            kept = {"context": (context, 0 * pooled), "pooled": (0 * context, pooled)}[part]
+            return super().forward(x, t, *kept)
+
+    return HalfBlind
+
+
+NETWORKS = {
+    "MM-DiT": MMDiT,
+    "DiT": partial(MMDiT, shared=True),
+    "CrossDiT": CrossDiT,
+    "UViT": UViT,
+    "MM-DiT, c_ctxt alone": half_blind("context"),
+    "MM-DiT, c_vec alone": half_blind("pooled"),
+}
+VARIANTS = [(name, 4) for name in NETWORKS] + [("DiT", 5), ("CrossDiT", 5), ("UViT", 5)]
+POINTS = 10  # of the curves
+
+
+# ---- A run: train, and look at the average of the weights ten times on the way
+def network_of(name: str, depth: int) -> nn.Module:
+    """As `Shapes.network`, with another class."""
+    model = Shapes.network({}, Recipe(depth=1))
+    network = NETWORKS[name](
+        depth,
+        in_channels=3,
+        patch_size=model.patch_size,
+        pos_embed_max_size=model.pos_embed_max_size,
+        context_dim=model.null_cond[0].shape[-1],
+        pooled_dim=model.null_cond[1].shape[-1],
+        qk_norm=True,
+    )
+    network.null_cond = model.null_cond
+    return network
+
+
+def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
+    """The run (network, depth, seed): validation loss over steps and over seconds of training,
+    then how often samples are right, of seen and of unseen pairs, at guidance 3."""
+    torch.set_num_threads(1)
+    name, depth, seed = job
+    data, curve, spent = Shapes(Shapes.Options()), [], 0.0
+    recipe = Recipe(**data.recipe(data.Options()) | dict(depth=depth, steps=steps, seed=seed))
+    torch.manual_seed(seed)
+    objective, state = formulation(recipe.formulation), State(network_of(name, depth), recipe)
+    sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
+    held_out = data.held_out(recipe.validation)
+
+    def look() -> None:
+        loss = validation_loss(objective.field(sampler.guided()), objective, *held_out)
+        curve.append((state.step, spent, loss))
+
+    def watched(stream: Iterator) -> Iterator:
+        nonlocal spent
+        for batch in stream:
+            start = time.perf_counter()
+            yield batch
+            spent += time.perf_counter() - start
+            if state.step % (steps // POINTS) == 0:
+                look()
+
+    stream = batches(data, objective, recipe, state.network.null_cond)
+    train(state, objective, watched(stream), recipe)
+    stream.close()
+    look()
+    right = {}
+    for kind, new in (("seen", False), ("unseen", True)):
+        right[kind] = data.right(sampler, judged, new, steps=25, cfg=3.0)
+    flops = recipe.batch_size * training_flops(state.network, *held_out)
+    size = sum(p.numel() for p in state.network.parameters())
+    return dict(job=job, steps=steps, curve=curve, flops=flops, parameters=size, **right)
+
+
+# ---- The table and the picture
+def shown(values: list[float], form: str) -> str:
+    """Mean and standard error."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{np.mean(values):{form}} ± {error:{form}}"
+
+
+def pace(runs: list[dict]) -> float:
+    """Seconds a step, of the seed that was disturbed least."""
+    return min(run["curve"][-1][1] / run["steps"] for run in runs)
+
+
+def loss_at(run: dict, step: float) -> float:
+    """The validation loss between two points of the curve."""
+    at, _, losses = zip(*run["curve"], strict=True)
+    return float(np.exp(np.interp(step, at, np.log(losses))))
+
+
+def table(runs: list[dict]) -> str:
+    heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
+    heads += [f"{kind}: {what}" for kind in ("seen", "unseen") for what in ("all right", "shapes")]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    groups = {v: [r for r in runs if tuple(r["job"][:2]) == v] for v in VARIANTS}
+    fastest = min(map(pace, groups.values()))
+    for (name, depth), own in groups.items():
+        cells = [f"{name}, depth {depth}", f"{own[0]['parameters'] / 1e6:.1f}M"]
+        cells.append(f"{1e3 * pace(own):.0f}")
+        cells.append(shown([run["curve"][-1][2] for run in own], ".4f"))
+        step = own[0]["steps"] * fastest / pace(own)
+        cells.append(shown([loss_at(run, step) for run in own], ".4f"))
+        for kind in ("seen", "unseen"):
+            cells += [shown([run[kind][k] for run in own], ".1%") for k in ("all right", "shapes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict]):
+    """The curves of equal depth, averaged over seeds: log10 of the loss over the share of steps."""
+    curves = {}
+    for name in NETWORKS:
+        own = [run["curve"] for run in runs if run["job"][:2] == [name, VARIANTS[0][1]]]
+        y = torch.tensor([[loss for _, _, loss in curve] for curve in own]).log10().mean(0)
+        curves[name] = torch.arange(1, len(y) + 1) / len(y), y
+    ends = torch.cat([y[1:] for _, y in curves.values()])
+    low, high = ends.min().item() - 0.02, ends.max().item() + 0.1
+    return plot(curves, "log10 validation loss, over the share of the steps", low, high)
+
+
+def run(
+    seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
+    steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
+    out: Annotated[File, "where runs are kept"] = File("runs/networks"),
+) -> None:
+    jobs = [(*variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    keys = {"curve", "flops", "parameters", "seen", "unseen"}
+    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
+    print(table(runs))
+    draw(runs).save(out / "architectures.png")
+    print(f"\nwrote {out}/architectures.png")
+
+
+if __name__ == "__main__":
+    command(run, __doc__)

@@ -1,0 +1,97 @@
+"""SD3's figure 8 on shapes: does a larger MM-DiT learn better, and does the loss predict quality?
+
+    python -m studies.scaling             30 minutes on two cores, --depths 1 2 3 4 5 6
+
+Each depth has the same data, draws, steps and learning rate. The validation loss stands over steps
+and over training FLOPs; the frontier is the best loss of any depth within that many FLOPs. The
+exact reader's verdicts say whether a lower loss means better pictures, as SD3 claims."""
+
+from functools import partial
+from pathlib import Path as File
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from options import Count, command
+from pictures import plot, tile
+from studies.architectures import POINTS, shown, trained
+from studies.rank import rank_correlation
+from studies.runs import run_missing
+
+
+def frontier(points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Of (FLOPs, loss, depth): those that no cheaper point beats, cheapest first."""
+    best: list[tuple[float, float, int]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def curves_of(runs: list[dict]) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each depth (steps, training FLOPs, validation loss), averaged over seeds."""
+    curves = {}
+    for depth in dict.fromkeys(run["job"][1] for run in runs):
+        own = [run for run in runs if run["job"][1] == depth]
+        losses = np.mean([[loss for _, _, loss in run["curve"]] for run in own], axis=0)
+        steps = np.array([step for step, _, _ in own[0]["curve"]])
+        curves[depth] = steps, steps * own[0]["flops"], losses
+    return curves
+
+
+def report(runs: list[dict]) -> str:
+    """The table, the frontier in one line, and how well the loss tells the reader's verdict."""
+    heads = "| depth | weights | TFLOPs | validation loss | seen: all right | unseen: all right |"
+    lines, curves = [heads, "|---" * 6 + "|"], curves_of(runs)
+    for depth, (_, flops, _) in curves.items():
+        own = [run for run in runs if run["job"][1] == depth]
+        cells = [f"{depth}", f"{own[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.0f}"]
+        cells.append(shown([run["curve"][-1][2] for run in own], ".4f"))
+        cells += [
+            shown([run[kind]["all right"] for run in own], ".1%") for kind in ("seen", "unseen")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    points = [(f, loss, d) for d, c in curves.items() for f, loss in zip(*c[1:], strict=True)]
+    best = [f"{flops / 1e12:.0f} TFLOPs: depth {depth}" for flops, _, depth in frontier(points)]
+    lines += ["", f"Best loss within so many FLOPs: {', '.join(best)}."]
+    losses = [run["curve"][-1][2] for run in runs]
+    for kind in ("seen", "unseen"):
+        r = rank_correlation(losses, [-run[kind]["all right"] for run in runs])
+        lines.append(f"Rank correlation of final loss and errors on {kind} pairs: {r:.2f}.")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict]):
+    """log10 of the loss, over steps and over log10 FLOPs."""
+    curves = curves_of(runs)
+    ends = np.log10(np.concatenate([c[2][1:] for c in curves.values()]))
+    flops = np.log10(np.concatenate([c[1][1:] for c in curves.values()]))
+    low, high = ends.min() - 0.02, ends.max() + 0.1
+    frames: tuple[dict, dict] = {}, {}
+    for depth, (steps, cost, losses) in curves.items():
+        x = (np.log10(cost[1:]) - flops.min()) / (flops.max() - flops.min())
+        for frame, at in zip(frames, (steps[1:] / steps[-1], x), strict=True):
+            frame[f"depth {depth}"] = torch.tensor(at), torch.tensor(losses[1:]).log10()
+    ends = f"10^{flops.min():.1f} to 10^{flops.max():.1f}"
+    titles = "log10 loss over the share of the steps", f"log10 loss over FLOPs, {ends}"
+    panels = [plot(f, title, low, high) for f, title in zip(frames, titles, strict=True)]
+    return tile([panels])
+
+
+def run(
+    depths: Annotated[list[Count], "of MM-DiT"] = (1, 2, 3, 4, 5, 6),
+    seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
+    steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
+    out: Annotated[File, "where runs are kept"] = File("runs/networks"),
+) -> None:
+    jobs = [("MM-DiT", depth, seed) for seed in range(seeds) for depth in depths]
+    keys = {"curve", "flops", "parameters", "seen", "unseen"}
+    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
+    print(report(runs))
+    draw(runs).save(out / "scaling.png")
+    print(f"\nwrote {out}/scaling.png")
+
+
+if __name__ == "__main__":
+    command(run, __doc__)
