@@ -24,7 +24,7 @@ import data
 import sample
 import toy2d
 import train
-from studies import bench, rank
+from studies import bench, runs
 
 SHORT = ["--steps", 100, "--batch-size", 32]
 LONG = ["--steps", 10**6, "--batch-size", 32]
@@ -427,14 +427,14 @@ def test_encode_names_all_unreadable_pictures(tmp_path, monkeypatch):
 def test_damaged_runs_of_the_study_are_named(tmp_path):
     job = ("rf", "ring", 0)
     for text in ("", "{}", "[1]", '{"steps": "x"}'):
-        rank.run_file(tmp_path, *job).write_text(text)
+        runs.run_file(tmp_path, job).write_text(text)
         with pytest.raises(ValueError, match=r"rf-ring-0.json is damaged or no run"):
-            rank.run_missing(tmp_path, [job], 5)
+            runs.run_missing(tmp_path, [job], None, 5, ["name"])
 
 
 def test_each_run_has_a_file_of_its_own(tmp_path):
     names = ["a/b", "a_b", "a b", "A/b", "a%2Fb"]
-    files = [rank.run_file(tmp_path, name, "x/m.json", 0) for name in names]
+    files = [runs.run_file(tmp_path, (name, "x/m.json", 0)) for name in names]
     assert len({*files}) == 5 and all(file.parent == tmp_path for file in files)
 
 

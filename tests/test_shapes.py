@@ -235,7 +235,7 @@ def model(tmp_path_factory):
 
 
 def few(right):
-    return lambda self, model, n, new=False, **how: right(self, model, 4, new, **how)
+    return lambda model, n, new=False, **how: right(model, 4, new, **how)
 
 
 def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):

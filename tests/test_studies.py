@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ from test_train import assert_one_line, in_process
 
 import sample
 import toy2d
+from mmdit import MMDiT, attend, modulate
 from options import command
 from rf import STUDY, formulation
-from studies import bench, delta, exact, figures, rank
+from shapes import Shapes
+from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
 from toy2d import load_mixture
 
 
@@ -59,14 +62,15 @@ def test_the_table_comes_from_the_saved_runs_and_only_missing_ones_are_made(tmp_
     jobs = [(name, "ring", seed) for seed in (0, 1) for name in ("rf", "eps/linear", "v/cos")]
     for i, (name, mixture, seed) in enumerate(jobs):
         run = made_up(name, mixture, seed, [0.001 * (i + 1)] * 4)
-        rank.run_file(tmp_path, name, mixture, seed).write_text(json.dumps(run))
-    runs = rank.run_missing(tmp_path, jobs, 7)  # nothing is trained: the files are there
-    table = rank.rank_table(runs, ["rf", "eps/linear", "v/cos"], ["ring"])
+        run |= {"job": jobs[i], "steps": 7}
+        runs.run_file(tmp_path, jobs[i]).write_text(json.dumps(run))
+    made = runs.run_missing(tmp_path, jobs, None, 7, ["name"])  # none: the files are there
+    table = rank.rank_table(made, ["rf", "eps/linear", "v/cos"], ["ring"])
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| rf ")]
     assert rows[0][7] == "2.50" and rows[0][1] == "1.00"  # the mean of 1 and 4 thousandths; first
     assert "Rank correlation" in table
     with pytest.raises(ValueError, match="holds runs of 7 steps, not 8"):
-        rank.run_missing(tmp_path, jobs, 8)
+        runs.run_missing(tmp_path, jobs, None, 8, ["name"])
 
 
 def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
@@ -74,18 +78,19 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     reference = toy2d.reference
     monkeypatch.setattr(toy2d, "reference", lambda mixture, seed: reference(mixture, seed, 500))
     pool = SimpleNamespace(Pool=lambda initializer: ThreadPool(1))
-    monkeypatch.setattr(rank.multiprocessing, "get_context", lambda kind: pool)
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     job = ("rf/cosmap", "ring", 1)
-    (run,) = rank.run_missing(tmp_path, [job], 30)
-    file = rank.run_file(tmp_path, *job)
+    made = lambda: runs.run_missing(tmp_path, [job], partial(rank.trained, steps=30), 30, ["name"])
+    (run,) = made()
+    file = runs.run_file(tmp_path, job)
     assert json.loads(file.read_text()) == run and not list(tmp_path.glob("*.tmp"))
     assert run["steps"] == 30 and math.isfinite(run["50"]["energy"]) and run["excess"] < 2
     stamp = file.stat().st_mtime_ns
-    assert rank.run_missing(tmp_path, [job], 30) == [run] and file.stat().st_mtime_ns == stamp
+    assert made() == [run] and file.stat().st_mtime_ns == stamp
 
 
 def test_file_names_of_all_formulations_differ(tmp_path):
-    assert len({rank.run_file(tmp_path, name, "ring", 0) for name in STUDY}) == 61
+    assert len({runs.run_file(tmp_path, (name, "ring", 0)) for name in STUDY}) == 61
 
 
 @pytest.mark.parametrize("method", ["first order", "heun", "rk4"])
@@ -156,3 +161,146 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     ):
         main = lambda: command(rank.run, rank.__doc__)
         assert_one_line(in_process(main, args, tmp_path, monkeypatch, capsys), says)
+
+
+# ---- Architectures and scaling
+def random_network(make, depth=2):
+    """With weights that are no zeros anywhere."""
+    torch.manual_seed(0)
+    network = make(
+        depth, in_channels=3, patch_size=8, pos_embed_max_size=4, context_dim=5, pooled_dim=6
+    )
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+def inputs():
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+    return draw(2, 3, 32, 32), torch.tensor([0.2, 0.7]), draw(2, 8, 5), draw(2, 6)
+
+
+def test_a_uvit_without_its_skips_is_a_dit_and_with_them_is_not():
+    uvit, dit = (
+        random_network(architectures.UViT, 5),
+        random_network(partial(MMDiT, shared=True), 5),
+    )
+    dit.load_state_dict({k: w for k, w in uvit.state_dict().items() if "skips" not in k})
+    assert len(uvit.skips) == 2
+    difference = lambda: (uvit(*inputs()) - dit(*inputs())).abs().max()
+    assert difference() > 1e-3
+    for skip in uvit.skips:
+        torch.nn.init.zeros_(skip.weight), torch.nn.init.zeros_(skip.bias)
+    assert difference() == 0
+    fresh = architectures.UViT(3, context_dim=5, pooled_dim=6)
+    assert all((skip.weight == 0).all() for skip in fresh.skips)
+
+
+def test_the_skips_join_mirror_images():
+    """With blocks that only add their number, the last one sees x + the first one's output."""
+    uvit, seen = random_network(architectures.UViT, 5), []
+    for skip in uvit.skips:
+        torch.nn.init.eye_(skip.weight), torch.nn.init.zeros_(skip.bias)
+    del uvit.joint_blocks
+    add = lambda i: lambda c, x: (seen.append(x[0].item()), (x + 10**i,))[1]
+    uvit.joint_blocks = [add(i) for i in range(5)]
+    (x,) = uvit.mixed(None, torch.zeros(320))
+    # in: 0, 1, 11, then 111 + 11 from block 1, then 1122 + 1 from block 0
+    assert seen == [0, 1, 11, 122, 1123] and x[0].item() == 11123
+
+
+def test_a_cross_block_by_hand():
+    block = random_network(architectures.CrossDiT).joint_blocks[0]
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    c, context, x = draw(2, 128), draw(2, 8, 128), draw(2, 16, 128)
+    same, out = block(c, context, x)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation(c)[:, None].chunk(
+        6, -1
+    )
+    heads = lambda y: y.reshape(2, -1, 2, 64).transpose(1, 2)
+    merged = lambda y: y.transpose(1, 2).reshape(2, -1, 128)
+    q, k, v = map(heads, block.attn.qkv(modulate(x, shift, scale)).chunk(3, -1))
+    y = x + gate * block.attn.proj(merged(attend(q, k, v)))
+    own = torch.nn.functional.layer_norm(y, (128,))
+    k, v = map(heads, block.key_value(context).chunk(2, -1))
+    weights = (heads(block.query(own)) @ k.mT / 8).softmax(-1)
+    y = y + block.proj(merged(weights @ v))
+    y = y + gate_mlp * block.mlp(modulate(y, shift_mlp, scale_mlp))
+    assert same is context
+    torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_cross_dit_starts_as_the_identity_and_learns_from_its_text():
+    network = architectures.CrossDiT(2, context_dim=5, pooled_dim=6)
+    c, context, x = torch.randn(2, 128), torch.randn(2, 3, 128), torch.randn(2, 4, 128)
+    assert torch.equal(network.joint_blocks[0](c, context, x)[1], x)
+    random = random_network(architectures.CrossDiT)
+    z, t, context, pooled = inputs()
+    assert (random(z, t, context, pooled) - random(z, t, 2 * context, pooled)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["context", "pooled"])
+def test_a_half_blind_network_sees_one_text(part):
+    network = random_network(architectures.half_blind(part))
+    z, t, context, pooled = inputs()
+    changed = [
+        (network(z, t, context, pooled) - network(z, t, *other)).abs().max() > 1e-3
+        for other in ((2 * context, pooled), (context, 2 * pooled))
+    ]
+    assert changed == [part == "context", part == "pooled"]
+
+
+def curve_run(name, depth, seed, loss, right):
+    """200 steps of 10 ms; the loss halves in each tenth of them and ends at `loss`."""
+    curve = [[20 * i, 0.2 * i * depth / 4, loss * 2 ** (10 - i)] for i in range(1, 11)]
+    verdict = {"all right": right, "shapes": right}
+    run = dict(job=[name, depth, seed], steps=200, curve=curve, flops=1e9 * depth**3)
+    return run | dict(parameters=1e6 * depth, seen=verdict, unseen=verdict)
+
+
+def test_losses_at_equal_time_by_hand():
+    made = [
+        curve_run(name, depth, seed, 0.1, 0.5 + seed / 10)
+        for name, depth in architectures.VARIANTS
+        for seed in (0, 1)
+    ]
+    assert architectures.loss_at(made[0], 190) == pytest.approx(0.1 * 2**0.5)
+    rows = {
+        line.split(" | ")[0]: line.split(" | ") for line in architectures.table(made).splitlines()
+    }
+    assert rows["| DiT, depth 5"][2:5] == [
+        "12",
+        "0.1000 ± 0.0000",
+        "0.4000 ± 0.0000",
+    ]  # at step 160
+    assert rows["| DiT, depth 4"][3:6] == ["0.1000 ± 0.0000"] * 2 + ["55.0% ± 5.0%"]
+    assert len(architectures.draw(made).getcolors(1 << 20)) > 50
+
+
+def test_the_frontier_by_hand():
+    points = [(4, 0.5, 2), (1, 0.9, 1), (2, 0.7, 1), (3, 0.8, 2), (8, 0.5, 3), (9, 0.4, 3)]
+    assert scaling.frontier(points) == [(1, 0.9, 1), (2, 0.7, 1), (4, 0.5, 2), (9, 0.4, 3)]
+
+
+def test_the_report_of_scaling(tmp_path):
+    losses = {1: 0.4, 2: 0.3, 3: 0.2}
+    made = [
+        curve_run("MM-DiT", d, s, loss + s / 100, 1 - loss)
+        for d, loss in losses.items()
+        for s in (0, 1)
+    ]
+    said = scaling.report(made)
+    assert "| 2 | 2.0M | 2 | 0.3050 ± 0.0050 | 70.0% ± 0.0% |" in said
+    assert "Rank correlation of final loss and errors on seen pairs: 0.96" in said
+    assert len(scaling.draw(made).getcolors(1 << 20)) > 50
+
+
+def test_one_real_run_of_an_architecture(monkeypatch):
+    recipe = Shapes.recipe
+    small = dict(validation=4, batch_size=4, precision="fp32")
+    monkeypatch.setattr(Shapes, "recipe", staticmethod(lambda o: recipe(o) | small))
+    run = architectures.trained(("CrossDiT", 1, 0), steps=20, judged=2)
+    steps, spent, losses = zip(*run["curve"], strict=True)
+    assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)
+    assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 <= run["seen"]["all right"] <= 1
+    json.dumps(run)
