@@ -40,7 +40,7 @@ class PeRFlow:
         """The choices of the commands; ours where they differ from the paper's."""
 
         windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow", 1, 1000] = 4
-        evaluations: Annotated[int, "of the teacher, in a window", 1, 1000] = 8
+        evaluations: Annotated[int, "of the teacher, from t = 1 to 0", 1, 10_000] = 32
         parameterization: Annotated[
             Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear teachers only"
         ] = "velocity"
@@ -103,6 +103,7 @@ class PeRFlow:
         """The PeRFlow of a network of this formulation. guided(cfg) is the teacher's network with
         guidance; sampling needs no teacher."""
         how = asdict(options)
+        how["evaluations"] = -(-options.evaluations // options.windows)  # a solve is one window
         _, cfg = how.pop("guidance"), how.pop("teacher_cfg")
         teacher = guided and guided(cfg)
         if options.parameterization == "velocity":
