@@ -584,7 +584,7 @@ def solve(
         if method == "ab2":
             h_last, slope = last or (h, dz)
             last = h, dz
-            dz = dz + expand(h / h_last / 2, z) * (dz - slope)
+            dz = dz + expand((h / h_last).nan_to_num() / 2, z) * (dz - slope)  # h may be 0
         z = z + expand(h, z) * dz
     return z
 

@@ -566,7 +566,7 @@ def test_default_grids():
 # ---- (1): solvers
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("rk4", 4), ("ab2", 2)])
 def test_solvers_show_their_order(method, order):
     """The log-log slope of the error on the exact field, from t = 1 to 0.2."""
     m = mixture()
@@ -585,12 +585,28 @@ def test_solve_evaluates_once_a_stage_and_at_the_right_times():
         ("euler", [1, 0.5]),
         ("heun", [1, 0.5, 0.5, 0]),
         ("rk4", [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]),
+        ("ab2", [1, 0.5]),
     ):
         seen = []
         solve(
             lambda z, t: (seen.append(t.tolist()), z)[1], torch.ones(2, 1), steps=2, method=method
         )
         assert seen == [[t] * 2 for t in expected]
+
+
+def test_ab2_is_exact_on_slopes_linear_in_t_after_its_first_step():
+    """On uneven times, and on intervals of no length."""
+    times = torch.tensor([[1.0, 0.5], [0.7, 0.5], [0.25, 0.5], [0.2, 0.5], [0, 0.5]], dtype=F64)
+    slope = lambda z, t: t[:, None] * torch.ones_like(z)
+    z = solve(slope, torch.zeros(2, 1, dtype=F64), times=times, steps=4, method="ab2")
+    close(z[:, 0], torch.tensor([-0.3 * 1 - 0.7**2 / 2, 0], dtype=F64))
+
+
+def test_ab2_takes_its_first_steps_longer():
+    seen, formula = [], rf.formulation("rf", shift=3.0)
+    network = lambda z, t: (seen.append(t[0].item()), z)[1]
+    formula.sample(network, torch.ones(2, 1), steps=4, method="ab2")
+    close(torch.tensor(seen), formula.path.shift((torch.arange(4, 0, -1) / 4) ** 1.5, 3.0), 1e-6)
 
 
 def test_solve_takes_times_and_an_interval_per_sample():
@@ -606,7 +622,7 @@ def test_solve_takes_times_and_an_interval_per_sample():
         solve(field, z, steps=2, times=[1, 0.3, 0], method="euler")[:, 0],
         torch.full((3,), -0.7 * math.cos(1) - 0.3 * math.cos(0.3), dtype=F64),
     )
-    with pytest.raises(ValueError, match="unknown solver 'rk5'; choose from euler, heun, rk4"):
+    with pytest.raises(ValueError, match="unknown solver 'rk5'; choose from euler, heun, rk4, ab2"):
         solve(field, z, steps=1, method="rk5")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         solve(field, z, steps=0)

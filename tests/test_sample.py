@@ -85,7 +85,7 @@ def test_samples_at_own_times(sampler):
     torch.testing.assert_close(
         sampler.sample(noise, label, times=uniform), sampler.sample(noise, label, steps=4)
     )
-    for method in ("heun", "rk4"):
+    for method in ("heun", "rk4", "ab2"):
         x0 = sampler.sample(noise, label, times=times, method=method)
         direct = solve(sampler.velocity, noise, label, times=times, method=method)
         torch.testing.assert_close(x0, direct)
