@@ -49,7 +49,8 @@ def configure(given: dict, held: contextlib.ExitStack) -> tuple:
     teacher, init, resume = given.get(objective), given.get("init"), given.get("resume")
     if init and (teacher or resume):
         raise ValueError(f"--init {init} is for a new run that is no student's")
-    start, whose = sample.load(teacher or init) if teacher or init else None, teacher or init
+    load = lambda model: sample.load(model, given.get("device"))
+    start, whose = load(teacher or init) if teacher or init else None, teacher or init
     origin = start.config if start else {}
     if origin.get("objective"):
         raise ValueError(f"{whose} is itself a student; take its teacher")
@@ -65,7 +66,7 @@ def configure(given: dict, held: contextlib.ExitStack) -> tuple:
             raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
         name, objective = flags.get("dataset", origin["dataset"]), origin["objective"]
         teacher = teacher or origin["teacher"]
-        start = start or (sample.load(teacher) if teacher else None)
+        start = start or (load(teacher) if teacher else None)
         if flags.get("steps", origin["steps"]) < checkpoint["step"]:
             at = f"{out} is at step {checkpoint['step']} already"
             raise ValueError(f"--steps {flags['steps']}: {at}")
@@ -131,13 +132,15 @@ def compose(flags: dict, name: str, objective: str | None, origin: dict, resume:
 
 
 def compared(spec: dict, known: dict | None, whose: str, resumed: bool) -> dict:
-    """The spec of the data, which must be those of the run that is resumed, or be like those of the
-    model that the run starts from. Of a released one, only the network counts."""
+    """The spec of the data, which must be that of the run that is resumed, or fit the network that
+    the run starts from. A released one takes any size, and its shape is kept."""
     known = known or spec
-    if released := known.get("network"):
-        spec = spec | {"network": released}
-    other = {key for key in spec if spec[key] != known.get(key)}
-    other -= set() if resumed else {"examples", "digest"} | (set(spec) if released else set())
+    if "released" in spec:
+        spec = spec | {"released": known.get("released")}
+    keys = {"shape", "classes", "context", "pooled", "network"} - (
+        {"shape", "context"} if known.get("released") else set()
+    )
+    other = [key for key in spec if spec[key] != known.get(key) and (resumed or key in keys)]
     if other:
-        raise ValueError(f"these data are not those of {whose}: {', '.join(sorted(other))} differ")
+        raise ValueError(f"these data are not those of {whose}: {', '.join(other)} differ")
     return spec

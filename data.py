@@ -71,22 +71,25 @@ def locked(out: File) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     holder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
-        if holder:
+        if fcntl:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(holder).st_ino != out.stat().st_ino:
                 raise BlockingIOError  # another one has just removed it
     except BlockingIOError:
         os.close(holder)
         raise BlockingIOError(f"--out {out} is in use by another process") from None
+    except OSError:  # a file system without locks: the run goes on without one
+        pass
     try:
-        for left in out.glob("*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
+        for name in ("checkpoint", "delta"):  # of a process that was killed while it wrote
+            for left in out.glob(f"{name}.*.tmp"):
+                left.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # as soon as one is not empty
             for folder in made:
                 folder.rmdir()
-        if holder:
+        if fcntl:
             os.close(holder)
 
 
@@ -103,11 +106,13 @@ class Data:
         classes: Annotated[int, "", 0, 100_000] = 0
 
     cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
+    null_cond: Sequence[Tensor] | None = None  # of a released network; zeros are that of ours
     parts: ClassVar[list | None] = None  # what training drops together, see `drop`
 
     @classmethod
     def encode(cls, spec: dict, prompts: list[str], **how) -> tuple[list[Tensor], list | None]:
-        """Conditions of these texts, and their null ones, where the network does not know them."""
+        """The conditions of these texts; and the null conditions, if the network's own are not the
+        right ones."""
         raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
 
     @classmethod
@@ -170,7 +175,7 @@ class Dataset(Data):
         context: list[Annotated[Count, "", 1, 2**16]] | None = None
         pooled: list[Annotated[Count, "", 1, 2**16]] | None = None
         meta: dict | None = None
-        network: dict | None = None
+        released: dict | None = None  # the shape of a released network
         examples: int = 0  # these two tell a run that goes on whether its data are the same
         digest: int = 0
 
@@ -240,13 +245,15 @@ class Dataset(Data):
     def network(spec: dict, recipe) -> nn.Module:
         """A fresh network with patches of 2 x 2; from depth 30 on it checkpoints activations."""
         channels, height, width = spec["shape"]
-        if height % 2 or width % 2:
-            raise ValueError(f"latents of {height} x {width} do not divide into patches of 2 x 2")
-        if max(height, width) > 512:
-            raise ValueError(f"latents of {height} x {width}: sides are at most 512")
-        size = max(height, width) // 2
+        size = min(256, max(height, width) // 2)
         shape = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
-        shape |= spec.get("network") or {}  # of a released one
+        shape |= spec.get("released") or {}
+        patch, most = shape["patch_size"], shape["patch_size"] * shape["pos_embed_max_size"]
+        if height % patch or width % patch or max(height, width) > most:
+            good = f"multiples of {patch} up to {most}"
+            raise ValueError(f"latents of {height} x {width}: their sides are not {good}")
+        if channels != shape["in_channels"]:
+            raise ValueError(f"latents have {channels} channels, not {shape['in_channels']}")
         if spec["context"]:
             text = dict(context_dim=spec["context"][-1], pooled_dim=spec["pooled"][-1])
             network = core = MMDiT(recipe.depth, **shape, **text)
@@ -263,10 +270,10 @@ class Dataset(Data):
         meta = spec["meta"] or {}
         if not meta.get("text"):
             return super().encode(spec, prompts)
-        how = t5 and meta.get("t5", True), device, meta["t5_tokens"]
+        how = t5 and meta.get("t5", True), device, meta["t5_tokens"], spec["context"][-1]
         context, pooled = text_encoders.load(meta["text"], *how)([*prompts, ""])
-        released = [context[-1], pooled[-1]] if spec["network"] else None  # ours were shown zeros
-        return [context[:-1], pooled[:-1]], released
+        null = [context[-1], pooled[-1]] if spec["released"] else None  # ours were shown zeros
+        return [context[:-1], pooled[:-1]], null
 
     @classmethod
     def conditions(cls, spec, n, label=None, data=None, generator=None):
@@ -283,16 +290,16 @@ class Dataset(Data):
         return [c[torch.arange(n) % len(c)] for c in texts.held_out(n)[1:]]
 
     @classmethod
-    def images(cls, spec: dict, x0: Tensor) -> np.ndarray | None:
+    def images(cls, spec: dict, x0: Tensor, device="cpu") -> np.ndarray | None:
         """x0 (n,C,H,W) as pictures, uint8 (n,H,W,3); None where that is impossible here."""
         return to_uint8(x0)
 
     @classmethod
-    def write(cls, spec: dict, file: File, x0, *cond, columns=10, names=(), seed: int = 0) -> File:
+    def write(cls, spec, file: File, x0, *cond, columns=10, names=(), seed=0, device="cpu") -> File:
         """A sheet of samples (.png), with a named row for each of few classes, or arrays (.npz) as
         the ADM evaluator reads them: arr_0 uint8 (n,H,W,3), then the conditions. Returns the file:
         latents whose VAE is not to be had here stay latents, in an .npz."""
-        images = cls.images(spec, x0)
+        images = cls.images(spec, x0, device)
         if images is None:
             images, file = x0.numpy(), file.with_suffix(".npz")
         if file.suffix == ".npz":
@@ -313,8 +320,10 @@ class Dataset(Data):
         cond = self.held_out(80)[1:]
         if self.classes:
             cond = [torch.arange(min(10, self.classes)).repeat_interleave(8)]
+        steps = max(steps, model.objective.fewest)
         x0 = model.draw(len(cond[0]) if cond else 80, *cond, steps=steps, cfg=cfg)
-        self.write(self.spec(), out / "samples.png", x0, *cond, columns=8)
+        where = dict(columns=8, device=model.device)
+        self.write(self.spec(), out / "samples.png", x0, *cond, **where)
 
     def report(self, model, out: File, teacher=None) -> None:
         """At the end of a run: samples, guided if the model can be; then a student beside its
@@ -337,7 +346,8 @@ class Dataset(Data):
         for name, drawn in rows.items():
             labels = [f"{n} step{'s' * (n > 1)}" for n in drawn]
             file, drawn = out / f"{name}.png", torch.cat([*drawn.values()])
-            self.write(self.spec(), file, drawn, columns=len(best), names=labels)
+            how = dict(columns=len(best), names=labels, device=model.device)
+            self.write(self.spec(), file, drawn, **how)
         print(f"pictures: {out}/teacher, {out}/student, {out}/samples")
 
 
@@ -485,8 +495,8 @@ def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
 
 
 class Latents(Dataset):
-    """latents.npy (N,C,H,W) float16, memory-mapped; labels.npy (N,), or context.npy (N,L,D) and
-    pooled.npy (N,P); meta.json {"scaling", "shift", "vae", "classes": [names]}.
+    """latents.npy (N,C,H,W) float16, memory-mapped; labels.npy (N,), or context.npy (N,L,D),
+    pooled.npy (N,P) and null.npz, the encoding of ""; meta.json {"scaling", "shift", "vae", ...}.
     Latents are stored as the network sees them: (z - shift) scaling of the VAE's own z, which has
     about unit variance. Held out are the last min(1024, N/20) rows of a fixed permutation (of a
     folder sorted by class, the last rows would all be of the last class)."""
@@ -519,6 +529,15 @@ class Latents(Dataset):
             if low < 0 or high >= (len(names) if names else 100_000):
                 good = f"0 to {len(names) - 1} by the names" if names else "0 to 99,999"
                 raise ValueError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
+        if text and (folder / "null.npz").exists():
+            with (
+                reading(folder / "null.npz", "encoding of no text"),
+                np.load(folder / "null.npz") as f,
+            ):
+                null = [torch.as_tensor(f[name]).float() for name in ("context", "pooled")]
+                if [x.shape for x in null] != [c.shape[1:] for c in cond]:
+                    raise ValueError("its shapes are not those of the texts")
+            self.null_cond = null
         held_out = max(1, min(1024, N // 20))
         super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
         self.meta, self.parts = meta, parts if text else None
@@ -534,10 +553,9 @@ class Latents(Dataset):
         return Dataset.recipe(options) | dict(depth=12, steps=500_000, lr=1e-4)
 
     @classmethod
-    def images(cls, spec, x0):
+    def images(cls, spec, x0, device="cpu"):
         try:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            return decode(x0, spec["meta"] or asdict(Meta()), device)
+            return decode(x0, spec["meta"] or asdict(Meta()), str(device))
         except ValueError as error:
             print(f"not decoded: {error}")
             return None
@@ -685,6 +703,8 @@ def encode(
         if not (out / "latents.npy.part").exists():
             if not text:
                 np.save(out / "labels.npy", labels)
+            if text:
+                np.savez(out / "null.npz", **{key: x[0].half().numpy() for key, x in empty.items()})
             described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
         with reading(described, "meta.json"):
             known = json.loads(described.read_text(encoding="utf-8"))

@@ -173,7 +173,7 @@ class MMDiT(nn.Module):
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self.depth, self.width, self.shared = depth, HEAD_DIM * depth, shared
+        self.width, self.shared = HEAD_DIM * depth, shared
         self.in_channels, self.patch_size = in_channels, patch_size
         self.pos_embed_max_size = pos_embed_max_size
         self.checkpointing = False  # True: training computes each block twice, to save memory

@@ -52,6 +52,10 @@ class Recipe:
     validation: Annotated[Count, "", 1, 2**16] = 512  # held-out examples
     threads: Annotated[Count | None, "", 1, 1024] = None  # of the CPU; by default PyTorch's
 
+    def __post_init__(self):
+        if self.eval_every % self.log_every or self.save_every % self.log_every:
+            raise ValueError("eval_every and save_every must be multiples of log_every")
+
 
 def names(cls: type) -> set[str]:
     return {field.name for field in fields(cls)}
@@ -145,6 +149,10 @@ class Parser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError) as error:
             self.error(error)
+        except (MemoryError, RuntimeError) as error:  # of PyTorch, on a CPU and on a GPU
+            if "memory" not in str(error):
+                raise
+            self.error(f"out of memory: {error}")
         except KeyboardInterrupt:
             self.exit(128 + signal.SIGINT, f"{self.prog}: stopped\n")
 

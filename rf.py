@@ -473,6 +473,7 @@ class Formulation:
             flow = self.rectified(network)
             return solve(flow, noise, *cond, steps=steps, times=times, method=method)
         times = _checked_times(self.times(steps) if times is None else times, steps, noise)
+        times = times.clamp(self.path.t_min, self.path.t_max)
         ends = self.ends(network)
         z = self.path.b(times[0]) * noise
         for t, t_next in zip(times, times[1:], strict=False):

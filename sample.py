@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import text
-from data import DATA, Cifar10, Latents, seeded
+from data import DATA, NOISE, Cifar10, Latents, seeded
 from mmdit import HEAD_DIM
 from options import Count, Recipe, command, misfit, names, pick, reading
 from perflow import PeRFlow, plug, same_network
@@ -117,18 +117,19 @@ class Sampler:
     def draw(self, n: int, *cond: Tensor, seed: int = 0, progress: bool = False, **how) -> Tensor:
         """n samples in float32 on the CPU, one for each row of cond, in batches."""
         shape, out = self.config["spec"]["shape"], []
-        generator = torch.Generator().manual_seed(seed)
+        generator, fresh = torch.Generator().manual_seed(seed), seeded(seed, 0, 0, NOISE)
         rows = torch.arange(n).split(max(1, 2**19 // math.prod(shape)))
         for part in tqdm(rows, unit="batch", disable=not progress):
             noise = torch.randn(len(part), *shape, generator=generator)
             inputs = (x.to(self.device) for x in (noise, *(c[part] for c in cond)))
-            out.append(self.sample(*inputs, **how).float().cpu())
+            out.append(self.sample(*inputs, generator=fresh, **how).float().cpu())
         return torch.cat(out)
 
 
 # ---- Checkpoints: {config, step, network, ema, optimizer}; `configure.py` makes config
-def save(path: File, content: dict) -> None:
+def save(path: str | File, content: dict) -> None:
     """Write beside the old file, flush to the disk, rename: there is always a whole one."""
+    path = File(path)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -165,7 +166,7 @@ def read(path: str | File, kind: str = "checkpoint") -> dict:
 
 def check(content: dict, kind: str) -> None:
     """That a configuration is one that `configure.py` makes, and that its network has the stored
-    shapes, before anything of its sizes is allocated. Errors of any kind where not."""
+    shapes, before anything of its sizes is allocated. If not, an error of any kind."""
     config = content["config"]
     if fault := misfit(config["teacher"], str | None):
         raise ValueError(f"teacher {fault}")
@@ -181,6 +182,8 @@ def check(content: dict, kind: str) -> None:
             raise ValueError("it is of no student")
     elif fault := misfit(content["step"], Annotated[int, "", 0, recipe.steps]):
         raise ValueError(f"step {fault}")
+    elif fault := misfit(content.get("losses", []), list[float]):
+        raise ValueError(f"losses {fault}")
     elif data:
         config["spec"] |= asdict(pick(data.Spec, config["spec"]))
         with torch.device("meta"):
@@ -256,9 +259,9 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
         raise ValueError(f"{file} is of a {student['formulation']}, not of a {own['formulation']}")
     with reading(file, "delta of this model"):
         plug(sampler.network, delta["delta"])
-    kept = {"objective", "teacher"} | names(OBJECTIVES[student["objective"]].Options)
+    kept = {"objective", "teacher", "dropout"} | names(OBJECTIVES[student["objective"]].Options)
     config = own | {key: student[key] for key in kept}
-    return replace(sampler, config=config, objective=objective_of(config))
+    return replace(sampler, config=config, objective=objective_of(config), cfg=None)
 
 
 def check_device(name: str | torch.device | None = None) -> torch.device:
@@ -308,6 +311,13 @@ def run(
         with reading(prompts, "text"):
             lines = prompts.read_text(encoding="utf-8").splitlines()
         texts += [line for line in lines if line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts {prompts} is empty")
+    if texts and (label is not None or data or (num or len(texts)) < len(texts)):
+        what = "a --prompt goes with neither --label nor --data"
+        raise ValueError(f"{what}, and --num is at least the number of prompts, {len(texts)}")
+    if no_t5 and not texts:
+        raise ValueError("--no-t5 is for a model that draws what a --prompt says")
     sampler = load(checkpoint, where)
     sampler = plugged(sampler, plug) if plug else sampler
     kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
@@ -316,14 +326,16 @@ def run(
     n = num or len(texts) or (100 if len(spec["shape"]) == 3 else 2000)
     try:
         if texts:
+            sampler.network.cpu()  # the encoders and the network take turns on a GPU
             cond, null_cond = kind.encode(spec, texts, device=where, t5=not no_t5)
+            sampler.network.to(where)
             cond = [c[torch.arange(n) % len(c)] for c in cond]
             sampler.network.null_cond = null_cond or sampler.network.null_cond
         else:
             cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
         out.parent.mkdir(parents=True, exist_ok=True)
         x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
-        print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed)}")
+        print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed, device=where)}")
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{where}: a smaller --size needs less memory: {error}") from None
 

@@ -157,6 +157,9 @@ def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
     """The captions of the pictures nearest to x0 (n,3,32,32), and the rms distances to them (n,).
     Every object at every place is compared. The two objects of a layout do not overlap, so what one
     of them explains, |x0 - white|^2 - |x0 - object|^2, adds to what the other explains."""
+    if len(x0) > 500:  # to bound the memory
+        captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
+        return [*itertools.chain(*captions)], torch.cat(distances)
     d = x0.float().cpu() - 1
     overlap = F.conv2d(d.flatten(0, 1)[:, None], masks()[:, None], padding=HALF)
     overlap = overlap.unflatten(0, (-1, 3))  # (n,3,4,32,32): colour channel, shape, centre
@@ -273,15 +276,15 @@ class Shapes(Data):
         return conditions_of(torch.cat(halves))
 
     @classmethod
-    def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, seed: int = 0) -> File:
+    def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, **how) -> File:
         """A sheet of pictures over their captions and what the reader sees where it differs (.png),
         or arrays (.npz: arr_0 uint8 (n,H,W,3), then the conditions)."""
-        images, rows = to_uint8(x0), rows_of(cond[0])
+        images = to_uint8(x0)
         if file.suffix == ".npz":
             np.savez(file, images, *(c.numpy() for c in cond))
             return file
         captions, known = [], [*CAPTIONS]
-        for wanted, seen in zip(rows.tolist(), read(x0), strict=True):
+        for wanted, seen in zip(rows_of(cond[0]).tolist(), read(x0), strict=True):
             right = CAPTIONS[known[wanted]] == CAPTIONS[seen]
             new = " (unseen pair)" if NEW[wanted] else ""
             captions.append(f"{known[wanted]}{new}\n{'right' if right else f'read as: {seen}'}")
@@ -301,7 +304,7 @@ class Shapes(Data):
         return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
 
     def metrics(self, model) -> dict[str, float]:
-        return {"right": self.right(model, 64, steps=10)["all right"]}
+        return {"right": self.right(model, 64, steps=max(10, model.objective.fewest))["all right"]}
 
     def report(self, model, out: File, teacher=None) -> None:
         """At the end of a run: how often samples show their captions, and a sheet of them."""

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path as File
 
@@ -19,13 +20,13 @@ from torch import Tensor
 
 from options import reading
 
-PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "transformer", "vae")
+CLIPS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 T5 = ("tokenizer_3", "text_encoder_3")
 
 
-def open_folder(name: str, t5: bool = True) -> File:
+def open_folder(name: str, parts: Sequence[str]) -> File:
     """The folder of a released model; ORG/NAME is fetched from the hub, safetensors only.
-    ValueError where a part is missing."""
+    ValueError where one of these parts is missing."""
     folder = File(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
@@ -35,7 +36,7 @@ def open_folder(name: str, t5: bool = True) -> File:
             folder = File(snapshot_download(name, allow_patterns=kinds))
         except Exception as error:  # of many kinds: no package, no network, no such name
             raise ValueError(f"{name} is no folder nor on the hub: {str(error)[:200]}") from None
-    for part in PARTS + T5 * t5:
+    for part in parts:
         if not (folder / part).is_dir():
             hint = "; --no-t5 does without" if part in T5 else ""
             raise ValueError(f"{folder} is no folder of a released SD3: it has no {part}{hint}")
@@ -78,7 +79,7 @@ class Encoder:
             [[0, tokens, [0, split]], [1, [0, L.projection_dim]]],
             [[0, tokens, [split, end]], [1, [L.projection_dim, both]]],
             [[0, [tokens[1], tokens[1] + self.t5_tokens]]],
-        ]
+        ][: len(self.encoders)]
 
     def _tokens(self, i: int, prompts: list[str], length: int) -> Tensor:
         how = dict(max_length=length, truncation=True, return_tensors="pt")
@@ -87,11 +88,17 @@ class Encoder:
             number = len(self.tokenizers[i](prompt).input_ids)
             if number > length:
                 cut = f"{prompt[:40]!r} has {number} tokens, and is cut to {length}"
-                warnings.warn(f"encoder {i + 1}: {cut}, as the reference does", stacklevel=3)
+                warnings.warn(f"encoder {i + 1}: {cut}, as the reference does", stacklevel=4)
         return ids.to(self.encoders[i].device)
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Sixteen at a time: the CLIPs keep what all their layers say."""
+        parts = [self._encode(prompts[i : i + 16]) for i in range(0, len(prompts), 16)]
+        context, pooled = map(torch.cat, zip(*parts, strict=True))
+        return context, pooled
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         hidden, pooled = [], []
         for i in range(2):
             ids = self._tokens(i, prompts, self.tokenizers[i].model_max_length)
@@ -107,10 +114,14 @@ class Encoder:
         return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)
 
 
-def load(folder: str | File, t5: bool = True, device: str = "cpu", t5_tokens: int = 256) -> Encoder:
+def load(
+    folder: str | File, t5: bool = True, device: str = "cpu",
+    t5_tokens: int = 256, width: int | None = None,
+) -> Encoder:  # fmt: skip
     """The encoders of an SD3 folder, in bf16 on a GPU. t5_tokens is 256 in the released pipeline,
-    77 in the paper. ValueError where the package or a part is missing."""
-    folder = open_folder(str(folder), t5)
+    77 in the paper; the width of the context is by default what the folder's transformer says.
+    ValueError where the package or a part is missing."""
+    folder = open_folder(str(folder), CLIPS + T5 * t5)
     try:
         import transformers
     except ImportError:
@@ -134,8 +145,9 @@ def load(folder: str | File, t5: bool = True, device: str = "cpu", t5_tokens: in
     reserve("the text encoders", size, torch.device(device), hint)
     encoders = [encoder.to(device) for encoder in encoders]
     described = folder / "transformer/config.json"
-    with reading(described, "configuration of an SD3"):
-        width = int(json.loads(described.read_text(encoding="utf-8"))["joint_attention_dim"])
+    if not width:
+        with reading(described, "configuration of an SD3"):
+            width = int(json.loads(described.read_text(encoding="utf-8"))["joint_attention_dim"])
     return Encoder(tokenizers, encoders, width, t5_tokens)
 
 
@@ -151,7 +163,7 @@ def reserve(what: str, size: int, device: torch.device, hint: str = "") -> None:
 
 def latent_size(spec: dict, pixels: int) -> int:
     """The latent's side for pictures of this size. ValueError where it does not fit the model."""
-    factor, network = (spec["meta"] or {}).get("factor"), spec.get("network")
+    factor, network = (spec["meta"] or {}).get("factor"), spec.get("released")
     if not factor or not network:
         raise ValueError(f"--size {pixels}: only a released SD3 draws in other sizes")
     multiple, most = factor * network["patch_size"], network["pos_embed_max_size"]
@@ -219,7 +231,8 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
     """(spec, weights) of a released SD3: its folder, its name on the hub, or its transformer's file
     in that folder."""
     single = path.endswith(".safetensors")
-    folder = File(path).parent if single else open_folder(path, t5=False)
+    folder = File(path).parent if single else open_folder(path, (*CLIPS, "transformer", "vae"))
+    folder = folder.parent if single and folder.name == "transformer" else folder
     weights = read_weights(File(path) if single else folder / "transformer")
     with reading(path, "transformer of an SD3"):
         state = released_names(weights)
@@ -236,5 +249,6 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
     meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
-    spec = dict(shape=[channels, 1024 // factor, 1024 // factor], classes=0, names=None, meta=meta)
-    return spec | dict(context=[77 + 256, context], pooled=[pooled], network=shape), state
+    side = min(1024 // factor, patch * shape["pos_embed_max_size"])
+    spec = dict(shape=[channels, side, side], classes=0, names=None, meta=meta)
+    return spec | dict(context=[77 + 256, context], pooled=[pooled], released=shape), state

@@ -372,7 +372,9 @@ class Toy(Data):
         return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
 
     @classmethod
-    def write(cls, spec: dict, file: File, x0: Tensor, *labels: Tensor, seed: int = 0) -> File:
+    def write(
+        cls, spec: dict, file: File, x0: Tensor, *labels: Tensor, seed: int = 0, **how
+    ) -> File:
         """A picture (.png) or arrays (.npz), and the metrics beside those of the exact field from
         the same noise, which `seed` draws again."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
@@ -380,13 +382,14 @@ class Toy(Data):
             np.savez(file, x0.numpy(), *(c.numpy() for c in labels))
         if labels and len(labels[0].unique()) == 1:
             mixture, labels = mixture.component(labels[0][0].item()), ()
-        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
         data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
         if file.suffix == ".png":
             hues, few = pictures.hues(noise[:2000]), data[: min(n, 2000)]
             pictures.draw_samples(mixture.scene(), x0[:2000], few, hues).save(file)
         if n > 1:
-            best = solve(mixture.field(RectifiedFlow()), noise, *labels, steps=50, method="heun")
+            few = [c[: len(noise)] for c in labels]
+            best = solve(mixture.field(RectifiedFlow()), noise, *few, steps=50, method="heun")
             both = {"samples": x0, "exact field, same noise": best}
             rows = {k: sample_metrics(x[:10_000], data[:10_000], mixture) for k, x in both.items()}
             print(metrics_table(rows))

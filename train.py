@@ -45,7 +45,7 @@ import perflow
 import sample
 from configure import compared, configure, make_parser
 from data import HELD_OUT, NOISE, seeded
-from options import Parser, Recipe, pick, ranks, reading
+from options import Recipe, pick, ranks, reading
 from rf import Field, squared_error
 from sample import DATASETS, Sampler, autocast
 
@@ -98,6 +98,7 @@ class State:
 
     def __init__(self, network: nn.Module, recipe: Recipe):
         self.network, self.model, self.recipe, self.step = network, network, recipe, 0
+        self.losses: list[Tensor] = []  # since the last log, on the device
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         how = dict(betas=(0.9, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, **how, fused=True)
@@ -111,12 +112,16 @@ class State:
             shapes = [moments[i][key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
             if shapes != [(), w.shape, w.shape]:
                 raise ValueError(f"moments of the shapes {shapes} for weights of {w.shape}")
+        device = next(self.network.parameters()).device
+        self.losses = [
+            torch.tensor(float(loss), device=device) for loss in checkpoint.get("losses", [])
+        ]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def finite(self) -> bool:
-        """Whether the weights, their average and the moments are, and their squares: what cannot go
-        on is never saved."""
+        """Whether weights, their average and moments are finite, and their squares are. A run that
+        could not go on is never saved."""
         moments = [x for moments in self.optimizer.state.values() for x in moments.values()]
         tensors = [*self.network.parameters(), *self.average.parameters(), *moments]
         return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
@@ -126,8 +131,8 @@ class State:
         own = dict(dataset=None, objective=None, teacher=None, spec={})
         parts = {"network": self.network, "ema": self.average, "optimizer": self.optimizer}
         state = {name: part.state_dict() for name, part in parts.items()}
-        config = config or asdict(self.recipe) | own
-        sample.save(path, {"config": config, "step": self.step, **state})
+        config, losses = config or asdict(self.recipe) | own, [x.item() for x in self.losses]
+        sample.save(path, {"config": config, "step": self.step, "losses": losses, **state})
 
 
 def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run | None" = None):
@@ -136,7 +141,6 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
     is returned says why it stopped early: a message, or a signal's exit code."""
     field, no_sync = objective.field(state.model), getattr(state.model, "no_sync", None)
     weights, average = list(state.network.parameters()), list(state.average.parameters())
-    losses: list[Tensor] = []  # since the last log, on the device
     for step in run.bar if run else range(state.step, recipe.steps):
         loss, micro_batches = 0, next(batches)
         state.optimizer.zero_grad()
@@ -160,17 +164,18 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
             torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - decay)
         if not run:
             continue
-        losses.append(loss)
+        state.losses.append(loss)
         due = lambda every: state.step % every == 0 or state.step == recipe.steps
         if not (due(recipe.log_every) or run.interrupted()):
             continue
-        values, stop = run.gather(losses)  # the loop's only wait for the device
-        losses.clear()
+        values, stop = run.gather(state.losses)  # the loop's only wait for the device
         saving = due(recipe.save_every) or stop
         metrics = run.evaluate() if due(recipe.eval_every) else {}
         if fault := run.fault(values, metrics, saving):
             return fault
-        run.log(values, metrics)
+        if due(recipe.log_every):  # a stop between logs leaves the log to the run that goes on
+            run.log(values, metrics)
+            state.losses.clear()
         if saving:
             run.save()
         if stop:
@@ -205,7 +210,8 @@ def training_flops(network: nn.Module, x0: Tensor, *cond: Tensor) -> int:
 
 class Run:
     """A run's folder, log and progress bar, its evaluation and saving, its ranks and signals.
-    From its making on, Ctrl-C and SIGTERM are noticed at log time; a second one ends the process.
+    From its making on, Ctrl-C and SIGTERM end it after a step, or at log time where steps are short
+    or ranks must agree; a second signal ends the process at once.
     """
 
     def __init__(self, out: File, config: dict, state: State, data, objective, recipe: Recipe):
@@ -325,11 +331,8 @@ def cut_log(path: File, step: int) -> None:
 def main() -> None:
     parser = make_parser(__doc__.split("\n\n")[0])
     given = parser.given()
-    try:
-        with contextlib.ExitStack() as held:
-            outcome = launch(given, parser, held)
-    except OSError as error:  # a full disk, say; the last checkpoint stays
-        parser.error(error)
+    with parser.one_line_errors(), contextlib.ExitStack() as held:
+        outcome = launch(given, held)
     # After `launch`, whose DDP must be gone: the last owner of the group waits for its threads, and
     # DDP's destructor, unlike the group's own, would do so holding the lock that they wait for.
     if dist.is_initialized():
@@ -338,40 +341,41 @@ def main() -> None:
         sys.exit(outcome)
 
 
-def launch(given: dict, parser: Parser, held: contextlib.ExitStack) -> str | int | None:
+def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     """A whole run. Returns None, or what the process exits with: a message or a signal's code."""
-    with parser.one_line_errors():
-        _, world = ranks()
-        config, out, checkpoint, start = configure(given, held)
-        recipe = pick(Recipe, config)
-        device = sample.check_device(given.get("device"))
-        kind = DATASETS[config["dataset"]]
-        data = kind(pick(kind.Options, config))
-        whose = str(out) if checkpoint else config["teacher"] or given.get("init")
-        config["spec"] = compared(data.spec(), config["spec"], whose, bool(checkpoint))
-        teacher = start if config["teacher"] else None
-        objective = sample.objective_of(config, teacher and teacher.guided)
-        parts = world * recipe.accumulate * objective.reuse
-        if recipe.batch_size % parts:
-            of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
-            raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
-        torch.manual_seed(recipe.seed)
-        network = kind.network(config["spec"], recipe).to(device)
-        if start:
-            origin = config["teacher"] or given["init"]
-            sample.load_weights(network, start.network.state_dict(), origin)
-        if teacher:
-            teacher.network.to(device)
-            teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
-            if config.get("teacher_cfg", 1.0) != 1:
-                teacher.cfg = config["teacher_cfg"]
-        state = State(network, recipe)
-        if checkpoint:
-            with reading(out / "checkpoint.pt", "checkpoint"):
-                state.load(checkpoint, out)
-            del checkpoint  # of 16 bytes a parameter
-        state.model = distributed(torch.compile(network) if recipe.compile else network, device)
-        run = Run(out, config, state, data, objective, recipe)
+    _, world = ranks()
+    config, out, checkpoint, start = configure(given, held)
+    recipe = pick(Recipe, config)
+    device = sample.check_device(given.get("device"))
+    kind = DATASETS[config["dataset"]]
+    data = kind(pick(kind.Options, config))
+    whose = str(out) if checkpoint else config["teacher"] or given.get("init")
+    config["spec"] = compared(data.spec(), config["spec"], whose, bool(checkpoint))
+    teacher = start if config["teacher"] else None
+    torch.manual_seed(recipe.seed)
+    network = kind.network(config["spec"], recipe).to(device)
+    if start:
+        origin = config["teacher"] or given["init"]
+        sample.load_weights(network, start.network.state_dict(), origin)
+        if config["spec"].get("released") and data.null_cond:
+            network.null_cond = start.network.null_cond = data.null_cond
+    if teacher:
+        teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
+        if config.get("teacher_cfg", 1.0) != 1:
+            teacher.cfg = config["teacher_cfg"]
+    objective = sample.objective_of(config, teacher and teacher.guided)
+    parts = world * recipe.accumulate * objective.reuse
+    if recipe.batch_size % parts:
+        of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
+    del start  # a teacher stays
+    state = State(network, recipe)
+    if checkpoint:
+        with reading(out / "checkpoint.pt", "checkpoint"):
+            state.load(checkpoint, out)
+        del checkpoint  # of 16 bytes a parameter
+    state.model = distributed(torch.compile(network) if recipe.compile else network, device)
+    run = Run(out, config, state, data, objective, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)
     null_cond = [c.to(device) for c in getattr(network, "null_cond", ())]
@@ -385,17 +389,23 @@ def launch(given: dict, parser: Parser, held: contextlib.ExitStack) -> str | int
         print(f"stopped; saved step {state.step}. Go on with: {again}")
     if outcome or run.rank > 0:
         return outcome
+    finish(run, teacher)
+
+
+def finish(run: Run, teacher: Sampler | None) -> None:
+    """After the last step: a student's Delta W, the report of the data, and what to type next."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: the report may be cut short
     print("trained; now sampling, measuring and drawing", flush=True)  # minutes for an MM-DiT
+    few = ""
     if teacher:
-        delta, weights = perflow.delta(state.average, teacher.network), teacher.network.state_dict()
-        sample.save(out / "delta.pt", {"delta": delta, "config": config})
+        weights = teacher.network.state_dict()
+        delta, few = perflow.delta(run.state.average, weights), f" --steps {run.objective.fewest}"
+        sample.save(run.out / "delta.pt", {"delta": delta, "config": run.config})
         norm = lambda state: torch.stack([x.double().norm() for x in state.values()]).norm().item()
-        print(f"{out}/delta.pt: |Delta W|/|W| = {norm(delta) / norm(weights):.3f}")
-    data.report(run.sampler, out, teacher)
-    few = f" --steps {objective.fewest}" if teacher else ""
-    print(f"next: python sample.py {out}/checkpoint.pt{few} --out samples.png")
+        print(f"{run.out}/delta.pt: |Delta W|/|W| = {norm(delta) / norm(weights):.3f}")
+    run.data.report(run.sampler, run.out, teacher)
+    print(f"next: python sample.py {run.out}/checkpoint.pt{few} --out samples.png")
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -43,7 +43,8 @@ def run_missing(
         if (there := read_run(run_file(out, job), keys)["steps"]) != steps:
             raise ValueError(f"--out {out} holds runs of {there} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
-    with multiprocessing.get_context("spawn").Pool(initializer=end_with_parent) as pool:
+    workers = max(1, min(len(missing), os.cpu_count()))
+    with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:
         made = pool.imap_unordered(work, missing)
         for run in tqdm(made, initial=len(jobs) - len(missing), total=len(jobs)):
             file = run_file(out, run["job"])

@@ -248,7 +248,7 @@ def test_latents_with_labels(tmp_path):
         "context": None,
         "pooled": None,
         "meta": asdict(data.Meta(**meta)),
-        "network": None,
+        "released": None,
         "examples": 40,
         "digest": latents.spec()["digest"],
     }

@@ -266,7 +266,7 @@ class Own(nn.Module):
         return self.out(h.relu())
 
 
-def test_d_as_a_library(tmp_path):
+def test_d_as_a_library(tmp_path, monkeypatch):
     x0 = torch.randn(500, 4) * 0.1 + torch.tensor([1.0, -1, 2, 0])
     labels = torch.arange(500) % 2
     # --- the ten lines
@@ -276,8 +276,9 @@ def test_d_as_a_library(tmp_path):
     train.train(state, objective, train.batches(dataset, objective, recipe, Own.null_cond), recipe)
     sampler = sample.Sampler(state.average, objective)
     x = sampler.sample(torch.randn(100, 4), labels[:100], times=[1, 0.7, 0.4, 0.1, 0], cfg=2.0)
-    state.save(tmp_path / "own.pt")
-    again = sample.load(tmp_path / "own.pt", network=Own())
+    monkeypatch.chdir(tmp_path)
+    state.save("own.pt")
+    again = sample.load("own.pt", network=Own())
     # ---
     assert (x.mean(0) - x0.mean(0)).abs().max() < 0.5
     noise = torch.randn(9, 4)

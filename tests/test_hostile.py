@@ -69,10 +69,11 @@ def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch, capsys, quick):
     log = (tmp_path / "runs/toy2d/log.jsonl").read_bytes().splitlines()[:-1]
     assert [json.loads(line)["step"] for line in log] == [*range(1, len(log) + 1)]
     (tmp_path / "runs/toy2d/checkpoint.4711.tmp").touch()  # what a killed process leaves
+    (tmp_path / "runs/toy2d/my-notes.txt.tmp").touch()  # what it does not
     step = sample.read(tmp_path / "runs/toy2d/checkpoint.pt")["step"]
     go_on = ["--resume", "--out", "runs/toy2d", "--steps", step + 1]
     trained(go_on, tmp_path, monkeypatch)  # the lock went with the process
-    assert not list(tmp_path.glob("**/*.tmp"))
+    assert [file.name for file in tmp_path.glob("**/*.tmp")] == ["my-notes.txt.tmp"]
 
 
 def test_a_temporary_file_has_the_number_of_its_process(tmp_path, monkeypatch):
@@ -488,6 +489,23 @@ train.main()
     assert sample.read(tmp_path / "run/checkpoint.pt")["step"] == 0
 
 
+def test_an_early_stop_leaves_the_log_as_it_would_have_been(tmp_path, monkeypatch, quick):
+    """Stopped at step 150 of 300, where each 100 steps are a line of the log."""
+    args = ["--steps", 300, "--batch-size", 32]
+    trained([*args, "--out", "whole"], tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        stop = lambda run: run.state.step == 150 and not run.signals.append(signal.SIGINT)
+        patch.setattr(train.Run, "interrupted", stop)
+        with pytest.raises(SystemExit) as stopped:
+            trained([*args, "--out", "part"], tmp_path, monkeypatch)
+    assert stopped.value.code == 130
+    checkpoint = sample.read(tmp_path / "part/checkpoint.pt")
+    assert checkpoint["step"] == 150 and len(checkpoint["losses"]) == 50
+    trained(["--resume", "--out", "part"], tmp_path, monkeypatch)
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "part")]
+    assert logs[0] == logs[1]
+
+
 def test_a_stop_waits_for_one_step_where_steps_are_long(tmp_path):
     script = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
@@ -511,3 +529,50 @@ def test_a_refused_pickle_is_told_in_plain_words(tmp_path, monkeypatch, capsys):
     done = in_process(sample.main, ["p.pt"], tmp_path, monkeypatch, capsys)
     assert_one_line(done, "a pickle of more than weights, which is not run")
     assert "\x1b" not in done.stderr and "weights_only" not in done.stderr
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, own_process):
+    """On a CPU and on a GPU, in the words of PyTorch."""
+    cpu = RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+    )
+    for error in (cpu, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")):
+        monkeypatch.setattr(
+            train, "squared_error", lambda *args, error=error: (_ for _ in ()).throw(error)
+        )
+        done = in_process(train.main, [*SHORT, "--out", "run"], tmp_path, monkeypatch, capsys)
+        assert done.returncode == 2 and "error: out of memory: " in done.stderr
+        assert "Traceback" not in done.stderr
+        (tmp_path / "run/checkpoint.pt").unlink()
+
+
+def test_a_lock_on_descriptor_0_holds_too(tmp_path):
+    """A process without an input gets 0 as its first descriptor."""
+    code = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+os.close(0)
+import pathlib, data
+out = pathlib.Path("held")
+with data.locked(out):
+    try:
+        with data.locked(out):
+            print("twice")
+    except BlockingIOError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        done.stdout == "--out held is in use by another process\n"
+        and not (tmp_path / "held").exists()
+    )
+
+
+def test_a_file_system_without_locks_is_none_the_worse(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    with data.locked(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()

@@ -157,7 +157,7 @@ def compare(net, args, **config):
     x, *rest = args
     mine, theirs = (x.clone().requires_grad_() for _ in range(2))
     w = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
-    want = slow(w, theirs, *rest, patch=net.patch_size, depth=net.depth, **config)
+    want = slow(w, theirs, *rest, patch=net.patch_size, depth=len(net.joint_blocks), **config)
     got = net(mine, *rest)
     probe = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(2))
     (got * probe).sum().backward()

@@ -602,6 +602,14 @@ def test_ab2_is_exact_on_slopes_linear_in_t_after_its_first_step():
     close(z[:, 0], torch.tensor([-0.3 * 1 - 0.7**2 / 2, 0], dtype=F64))
 
 
+@pytest.mark.parametrize("name", ["eps/cos", "edm(-1.20,1.20)", "v/cos"])
+def test_times_of_ones_own_may_name_both_ends(name):
+    """Where a path is singular, the network is asked just before."""
+    formula = rf.formulation(name)
+    x = formula.sample(lambda z, t: 0.1 * z, torch.randn(4, 2), times=[1, 0.5, 0])
+    assert x.isfinite().all()
+
+
 def test_ab2_takes_its_first_steps_longer():
     seen, formula = [], rf.formulation("rf", shift=3.0)
     network = lambda z, t: (seen.append(t[0].item()), z)[1]

@@ -1,6 +1,8 @@
 """From a checkpoint to samples: the notebook's three lines and the command."""
 
 import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,3 +107,39 @@ def test_guidance_needs_conditions(tmp_path):
         conditional.sample(torch.randn(3, 2), torch.arange(3), steps=2, cfg=float("nan"))
     with pytest.raises(ValueError, match=r"cfg 2 needs conditions .*: 0 given, 1 null ones"):
         conditional.sample(torch.randn(3, 2), steps=2, cfg=2.0)
+
+
+def test_flags_that_do_not_go_together(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "none.txt").write_text("\n \n")
+    checkpoint = finished[0] / "checkpoint.pt"
+    for flags, says in (
+        (["--prompt", "a", "--label", 1], "neither --label nor --data"),
+        (["--prompt", "a", "--prompt", "b", "--num", 1], "at least the number of prompts, 2"),
+        (["--prompts", "none.txt"], "--prompts none.txt is empty"),
+        (["--no-t5"], "--no-t5 is for a model that draws what a --prompt says"),
+    ):
+        done = in_process(sample.main, [checkpoint, *flags], tmp_path, monkeypatch, capsys)
+        assert_one_line(done, says)
+
+
+def test_a_plugged_student_of_fixed_guidance_is_not_guided_again(finished, tmp_path):
+    teacher = sample.load(finished[0] / "checkpoint.pt")
+    options = asdict(sample.PeRFlow.Options(guidance="fixed", teacher_cfg=3.0))
+    config = teacher.config | options | {"objective": "perflow", "teacher": "t.pt", "dropout": 0.0}
+    delta = {key: torch.zeros_like(w) for key, w in teacher.network.state_dict().items()}
+    sample.save(tmp_path / "delta.pt", {"config": config, "delta": delta})
+    teacher.cfg = 3.0
+    plugged = sample.plugged(teacher, tmp_path / "delta.pt")
+    assert plugged.cfg == 1.0 and plugged.null_cond == ()
+
+
+def test_draw_seeds_objectives_that_draw_in_sampling(sampler, monkeypatch):
+    draws = lambda network, noise, *cond, generator=None, **how: torch.randn(
+        noise.shape, generator=generator
+    )
+    monkeypatch.setattr(sampler, "objective", SimpleNamespace(sample=draws))
+    label = torch.zeros(5, dtype=torch.long)
+    once, again, other = (sampler.draw(5, label, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(once, noise)  # the fresh noise is not the starting noise

@@ -77,7 +77,7 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     """In a thread instead of a process, and with fewer samples, for speed."""
     reference = toy2d.reference
     monkeypatch.setattr(toy2d, "reference", lambda mixture, seed: reference(mixture, seed, 500))
-    pool = SimpleNamespace(Pool=lambda initializer: ThreadPool(1))
+    pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(n))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     job = ("rf/cosmap", "ring", 1)
     made = lambda: runs.run_missing(tmp_path, [job], partial(rank.trained, steps=30), 30, ["name"])

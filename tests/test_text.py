@@ -144,6 +144,25 @@ def test_parts_are_the_encoders_shares(folder):
     assert total.max() == 1 and (total[given] == 1).all()
     assert regions[0].sum() == 77 * 8 + 6 and regions[1].sum() == 77 * 12 + 10
     assert regions[2].sum() == 256 * 40
+    assert text.load(folder, t5=False).parts == encoder.parts[:2]  # else a tenth would be a fifth
+
+
+def test_many_prompts_are_encoded_in_batches(folder):
+    prompts = [f"a cat {'x' * i}" for i in range(20)]
+    encoder = text.load(folder)
+    apart = [encoder([prompt]) for prompt in prompts]
+    for whole, *parts in zip(encoder(prompts), *apart, strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_file_needs_no_transformer_folder(folder, tmp_path, monkeypatch, capsys):
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    (alone / "transformer/diffusion_pytorch_model.safetensors").rename(alone / "sd3.safetensors")
+    shutil.rmtree(alone / "transformer")
+    flags = ["--prompt", "a cat", "--steps", 1, "--size", 16, "--out", tmp_path / "x.npz"]
+    run(monkeypatch, sample.main, alone / "sd3.safetensors", *flags)
+    inside = folder / "transformer/diffusion_pytorch_model.safetensors"
+    assert sample.load(inside).config["spec"]["meta"]["vae"] == f"{folder}/vae"
 
 
 def test_released_names_give_the_same_network(folder, pipeline):
@@ -413,6 +432,50 @@ def test_fine_tuning_starts_from_the_released_weights(
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 24, 24, 3)
 
 
+def test_training_from_the_released_model_knows_what_guidance_pushes_away_from(
+    folder, texts, tmp_path, monkeypatch, own_process
+):
+    """The encoding of "", for the network that drops to it and for a teacher of fixed guidance."""
+    seen, train_ = [], train.train
+    spy = lambda state, objective, *rest: (
+        seen.append(state.network),
+        train_(state, objective, *rest),
+    )[1]
+    monkeypatch.setattr(train, "train", spy)
+    guide = sample.guide
+    watch = lambda field, null, cfg: (
+        seen.append([*null]) if cfg == 3 else None,
+        guide(field, null, cfg),
+    )[1]
+    monkeypatch.setattr(sample, "guide", watch)
+    flags = ["--dataset", "latents", "--data", texts, "--guidance", "fixed", "--teacher-cfg", 3]
+    learn(monkeypatch, tmp_path / "pf", "--perflow", folder, *flags)
+    empty = text.load(folder)([""])
+    nulls = [x if isinstance(x, list) else x.null_cond for x in seen]
+    assert len(nulls) >= 2
+    for null in nulls:
+        for one, other in zip(null, empty, strict=True):
+            torch.testing.assert_close(one, other[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        ((5, 3, 8, 8), "3 channels, not 4"),
+        ((5, 4, 9, 8), "multiples of 2 up to 24"),
+        ((5, 4, 26, 8), "multiples of 2 up to 24"),
+    ],
+)
+def test_latents_that_do_not_fit_the_released_model(
+    shape, says, folder, texts, tmp_path, monkeypatch, capsys
+):
+    other = shutil.copytree(texts, tmp_path / "texts")
+    np.save(other / "latents.npy", np.zeros(shape, np.float16))
+    args = ["--init", folder, "--dataset", "latents", "--data", other, "--out", "run"]
+    assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), says)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_student_of_the_released_model_plugs_into_a_fine_tuned_one(
     folder, texts, tmp_path, monkeypatch, own_process
 ):
@@ -448,4 +511,4 @@ def test_bad_starts_are_one_line(folder, texts, tmp_path, monkeypatch, capsys, f
 def test_texts_of_other_encoders_are_one_line(folder, latents, tmp_path, monkeypatch, capsys):
     args = ["--init", folder, "--data", latents]
     done = in_process(train.main, args, tmp_path, monkeypatch, capsys)
-    assert_one_line(done, "holds the weights of another network")
+    assert_one_line(done, "classes, pooled differ")

@@ -112,7 +112,7 @@ def test_a_run_leaves_everything(finished):
         0
     ]["loss"]
     checkpoint = sample.read(out / "checkpoint.pt")
-    assert checkpoint.keys() == {"config", "step", "network", "ema", "optimizer"}
+    assert checkpoint.keys() == {"config", "step", "losses", "network", "ema", "optimizer"}
     assert checkpoint["step"] == 450
 
 
@@ -680,6 +680,24 @@ def test_numbered_default_folders(tmp_path, monkeypatch):
     Path("runs/toy2d").mkdir(parents=True)
     (Path("runs/toy2d") / "checkpoint.pt").touch()
     assert out() == Path("runs/toy2d-2")
+
+
+def test_a_start_may_have_other_data_of_the_same_shape_and_not_another_network(
+    finished, latents, tmp_path, monkeypatch, capsys, own_process
+):
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
+    checkpoint = finished[0] / "checkpoint.pt"
+    args = ["--init", checkpoint, "--conditional", "--steps", 1, "--batch-size", 32]
+    done = in_process(train.main, [*args, "--network", "mmdit"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "these data are not those of", "network differ")
+    run = in_process(train.main, [*args, "--mixture", "grid"], tmp_path, monkeypatch, capsys)
+    assert_one_line(run, "classes differ")  # 8 modes and 16
+    turned = toy2d.load_mixture("ring").spec()
+    turned["means"] = [[-y, x + 0.1] for x, y in turned["means"]]
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--mixture", "turned.json"])
+    train.main()
+    assert sample.load(tmp_path / "runs/toy2d/checkpoint.pt").config["mixture"] == turned
 
 
 def test_training_flops_are_counted_in_the_loop():
