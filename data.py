@@ -656,6 +656,23 @@ def growing(out: File, shapes: dict[str, tuple], n: int, batch: int):
         (out / f"{name}.npy.part").replace(out / f"{name}.npy")
 
 
+def begin(out: File, meta: dict, known: dict[str, Tensor] | np.ndarray) -> None:
+    """Write what a folder has from its start: meta.json, and the encoding of no text or the labels.
+    ValueError where it is whole already, or was started with other pictures."""
+    described = out / "meta.json"
+    if (out / "latents.npy").exists():
+        raise ValueError(f"--out {out} holds latents already; another --out keeps them")
+    if not (out / "latents.npy.part").exists():
+        if isinstance(known, dict):
+            np.savez(out / "null.npz", **{key: x[0].half().numpy() for key, x in known.items()})
+        else:
+            np.save(out / "labels.npy", known)
+        described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    with reading(described, "meta.json"):
+        if json.loads(described.read_text(encoding="utf-8")) != meta:
+            raise ValueError("it is of other images, --size, --vae or --text; take another --out")
+
+
 @torch.no_grad()
 def encode(
     *,
@@ -695,21 +712,9 @@ def encode(
         meta["factor"] = factor
     else:
         meta["classes"] = classes.tolist()
-    described = out / "meta.json"
-    if (out / "latents.npy").exists():
-        raise ValueError(f"--out {out} holds latents already; another --out keeps them")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(out))
-        if not (out / "latents.npy.part").exists():
-            if not text:
-                np.save(out / "labels.npy", labels)
-            if text:
-                np.savez(out / "null.npz", **{key: x[0].half().numpy() for key, x in empty.items()})
-            described.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        with reading(described, "meta.json"):
-            known = json.loads(described.read_text(encoding="utf-8"))
-        if known != meta:
-            raise ValueError(f"--out {out} is of other images, --size, --vae or --text")
+        begin(out, meta, empty if text else labels)
         threads = stack.enter_context(ThreadPoolExecutor(8))
         done, append = stack.enter_context(growing(out, shapes, len(files), batch_size))
         for i in tqdm(range(done, len(files), batch_size), desc=str(out), unit="batch"):

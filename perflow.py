@@ -24,7 +24,7 @@ class PeRFlow:
     windows: K of equal width, or their edges 0 = t_0 < ... < t_K = 1. K = 1 is plain reflow.
     evaluations: of the teacher in a solve, whatever the method: 8 Euler, 4 Heun or 2 RK4 steps,
         rounded up to whole steps. Heun and RK4 also ask at the window's end, so the teacher must be
-        finite at t = 0.
+        finite at t = 0. (The option of this name counts from t = 1 to 0, for all K windows.)
     parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1.
         Any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`.
         "epsilon", where the student is an eps-network, on the linear paths (LDM, DDPM); then

@@ -193,7 +193,7 @@ class MLP(nn.Module):
 
 # ---- Yardsticks
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|x-y| - E|x-x'| - E|y-y'| of (n,2) and (m,2): no bias, no root, maybe below 0."""
+    """2 E|x-y| - E|x-x'| - E|y-y'| of (n,2) and (m,2), without bias. So it may be below 0."""
     n, m = len(x), len(y)
     return 2 * _total(x, y) / (n * m) - _total(x, x) / (n * (n - 1)) - _total(y, y) / (m * (m - 1))
 

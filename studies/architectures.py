@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import toy2d
 from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
 from options import Count, Recipe, command
 from pictures import plot
@@ -156,9 +157,10 @@ def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
 
 # ---- The table and the picture
 def shown(values: list[float], form: str) -> str:
-    """Mean and standard error."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{np.mean(values):{form}} ± {error:{form}}"
+    """Mean and standard error, which one run has not."""
+    mean = toy2d.shown(np.mean(values), form)
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:{form}}"
 
 
 def pace(runs: list[dict]) -> float:
