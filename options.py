@@ -122,8 +122,16 @@ def reading(path: Any, kind: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
+        if isinstance(error, RuntimeError) and no_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(f"{path} is damaged or no {kind}: {reason}") from None
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether this is Python's, or PyTorch's on a GPU or on a CPU, of too little memory."""
+    told = any(words in str(error) for words in ("out of memory", "allocate memory"))
+    return told or isinstance(error, MemoryError)
 
 
 def ranks() -> tuple[int, int]:
@@ -149,8 +157,8 @@ class Parser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError) as error:
             self.error(error)
-        except (MemoryError, RuntimeError) as error:  # of PyTorch, on a CPU and on a GPU
-            if "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error):
                 raise
             self.error(f"out of memory: {error}")
         except KeyboardInterrupt:

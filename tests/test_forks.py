@@ -210,7 +210,9 @@ def test_c_an_objective_is_one_class(tmp_path, monkeypatch, capsys, own_process,
     """Two equal runs and a resumed one are equal to the bit, though the target moves."""
     monkeypatch.setitem(sample.OBJECTIVES, "consistency", Consistency)
     reference = toy2d.reference  # the report is the real one, of fewer samples
-    monkeypatch.setattr(toy2d, "reference", lambda m, seed, n=0, c=False: reference(m, seed, 300, c))
+    monkeypatch.setattr(
+        toy2d, "reference", lambda m, seed, n=0, c=False: reference(m, seed, 300, c)
+    )
     teacher = finished[0] / "checkpoint.pt"
     flags = ["--consistency", teacher, "--skips", 4, "--batch-size", 32]
     short = ["--steps", 150]

@@ -136,6 +136,22 @@ def test_delta_fine_tunes_from_the_teacher(finished, monkeypatch):
     torch.testing.assert_close(turned.means[:, 1], means[:, 0])
 
 
+def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
+    """With little of everything: the numbers are there and the student is another network."""
+    recipe, reference = toy2d.Toy.recipe, toy2d.reference
+    monkeypatch.setattr(toy2d.Toy, "recipe", staticmethod(lambda o: recipe(o) | {"steps": 100}))
+    monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
+    monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
+    run = delta.trained(("ring", 0), steps=20)
+    slow, fast = run["students"]["slow"], run["students"]["fast"]
+    assert 0 < slow["ratio"] < 0.1 * fast["ratio"] and slow["ratio"] < 1e-3
+    assert all(x[change] > 0 for x in (slow, fast) for change in delta.CHANGES)
+    assert slow["own"] != fast["own"]
+    other = {"students": {"slow": slow, "fast": {key: 2 * x for key, x in fast.items()}}}
+    said = delta.table([run, other]).splitlines()
+    assert said[2].startswith("| slow |") and f"| {fast['10°']:.1f} |" in said[3]
+
+
 def test_bench_prints_its_two_tables(capsys):
     bench.run(rounds=1, depth=1, context=4, batch_size=1)
     printed = capsys.readouterr().out
