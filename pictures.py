@@ -213,7 +213,7 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high:
     for tick in range(5):
         y = low + (high - low) * tick / 4
         draw.line([place(0, y), place(1, y)], (48, 54, 74), width=2)
-        draw.text((8, place(0, y)[1] - 16), f"{y:g}", INK, font)
+        draw.text((8, place(0, y)[1] - 16), f"{y:.3g}", INK, font)
         draw.text((place(tick / 4, low)[0] - 20, size - 44), f"{tick / 4:g}", INK, font)
     angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
     colours = hues(torch.stack([angle.cos(), angle.sin()], dim=1))

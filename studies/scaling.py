@@ -6,6 +6,7 @@ Each depth has the same data, draws, steps and learning rate. The validation los
 and over training FLOPs; the frontier is the best loss of any depth within that many FLOPs. The
 exact reader's verdicts say whether a lower loss means better pictures, as SD3 claims."""
 
+import math
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -67,7 +68,7 @@ def draw(runs: list[dict]):
     curves = curves_of(runs)
     ends = np.log10(np.concatenate([c[2][1:] for c in curves.values()]))
     flops = np.log10(np.concatenate([c[1][1:] for c in curves.values()]))
-    low, high = ends.min() - 0.02, ends.max() + 0.1
+    low, high = math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
     frames: tuple[dict, dict] = {}, {}
     for depth, (steps, cost, losses) in curves.items():
         x = (np.log10(cost[1:]) - flops.min()) / (flops.max() - flops.min())
