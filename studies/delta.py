@@ -1,6 +1,6 @@
 """PeRFlow's plug and play: Delta W, added to models that were fine-tuned from the same teacher.
 
-    python -m studies.delta               6 minutes on two cores
+    python -m studies.delta               9 minutes on two cores
 
 For each seed there are a teacher, students of it with several learning rates, and the teacher
 fine-tuned on its mixture turned or moved. The table says by how much Delta W lowers the 4-step
