@@ -288,6 +288,11 @@ def delta(student: Weights, teacher: Weights) -> dict[str, Tensor]:
     return {key: w - teacher[key].to(w.device) for key, w in student.items()}
 
 
+def norm(weights: Mapping[str, Tensor]) -> float:
+    """|W|, of all weights together."""
+    return torch.stack([w.double().norm() for w in weights.values()]).norm().item()
+
+
 def plug(network: nn.Module, delta: Mapping[str, Tensor]) -> None:
     """W += Delta W in place, exact to rounding. ValueError where the delta is of another network.
     Plugging twice adds both, and warns. The module remembers in a plain attribute, `plugged`, which

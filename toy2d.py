@@ -321,7 +321,8 @@ class Toy(Data):
         def __post_init__(self):
             if isinstance(self.mixture, str):  # the checkpoint holds the mixture, not its name
                 self.mixture = load_mixture(self.mixture).spec()
-            GaussianMixture(**self.mixture)  # an error where it is none
+            else:
+                GaussianMixture(**self.mixture)  # an error where it is none
 
     @dataclass
     class Spec(Options, Data.Spec):

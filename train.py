@@ -402,8 +402,8 @@ def finish(run: Run, teacher: Sampler | None) -> None:
         weights = teacher.network.state_dict()
         delta, few = perflow.delta(run.state.average, weights), f" --steps {run.objective.fewest}"
         sample.save(run.out / "delta.pt", {"delta": delta, "config": run.config})
-        norm = lambda state: torch.stack([x.double().norm() for x in state.values()]).norm().item()
-        print(f"{run.out}/delta.pt: |Delta W|/|W| = {norm(delta) / norm(weights):.3f}")
+        ratio = perflow.norm(delta) / perflow.norm(weights)
+        print(f"{run.out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
     run.data.report(run.sampler, run.out, teacher)
     print(f"next: python sample.py {run.out}/checkpoint.pt{few} --out samples.png")
 

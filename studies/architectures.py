@@ -8,7 +8,7 @@ costs. The exact reader judges samples of captions whose pairs were seen in trai
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import toy2d
 from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
 from options import Count, Recipe, command
 from pictures import plot
 from rf import formulation
 from sample import Sampler
 from shapes import Shapes
-from studies.runs import run_missing
+from studies.runs import markdown, run_missing, shown
 from train import State, batches, train, training_flops, validation_loss
 
 
@@ -157,13 +156,6 @@ def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
 
 
 # ---- The table and the picture
-def shown(values: list[float], form: str) -> str:
-    """Mean and standard error, which one run has not."""
-    mean = toy2d.shown(np.mean(values), form)
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean if error is None else f"{mean} ± {error:{form}}"
-
-
 def pace(runs: list[dict]) -> float:
     """Seconds a step, of the seed that was disturbed least."""
     return min(run["curve"][-1][1] / run["steps"] for run in runs)
@@ -178,7 +170,7 @@ def loss_at(run: dict, step: float) -> float:
 def table(runs: list[dict]) -> str:
     heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
     heads += [f"{kind}: {what}" for kind in ("seen", "unseen") for what in ("all right", "shapes")]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [heads]
     groups = {v: [r for r in runs if tuple(r["job"][:2]) == v] for v in VARIANTS}
     fastest = min(map(pace, groups.values()))
     for (name, depth), own in groups.items():
@@ -189,8 +181,8 @@ def table(runs: list[dict]) -> str:
         cells.append(shown([loss_at(run, step) for run in own], ".4f"))
         for kind in ("seen", "unseen"):
             cells += [shown([run[kind][k] for run in own], ".1%") for k in ("all right", "shapes")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(*rows)
 
 
 def draw(runs: list[dict]):
@@ -200,9 +192,27 @@ def draw(runs: list[dict]):
         own = [run["curve"] for run in runs if run["job"][:2] == [name, VARIANTS[0][1]]]
         y = torch.tensor([[loss for _, _, loss in curve] for curve in own]).log10().mean(0)
         curves[name] = torch.arange(1, len(y) + 1) / len(y), y
-    ends = torch.cat([y[1:] for _, y in curves.values()])
-    low, high = math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
-    return plot(curves, "log10 validation loss, over the share of the steps", low, high)
+    span = span_of([y[1:] for _, y in curves.values()])
+    return plot(curves, "log10 validation loss, over the share of the steps", *span)
+
+
+def span_of(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The tenths between which these curves lie."""
+    ends = np.concatenate(curves)
+    return math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
+
+
+def study(
+    variants: list[tuple[str, int]], seeds: int, steps: int, out: File,
+    report: Callable, draw: Callable, name: str,
+) -> None:  # fmt: skip
+    """Make the runs of these (network, depth), print their table and draw OUT/NAME.png."""
+    jobs = [(*variant, seed) for seed in range(seeds) for variant in variants]
+    keys = {"curve", "flops", "parameters", "seen", "unseen"}
+    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
+    print(report(runs))
+    draw(runs).save(out / f"{name}.png")
+    print(f"\nwrote {out}/{name}.png")
 
 
 def run(
@@ -210,12 +220,7 @@ def run(
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    jobs = [(*variant, seed) for seed in range(seeds) for variant in VARIANTS]
-    keys = {"curve", "flops", "parameters", "seen", "unseen"}
-    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
-    print(table(runs))
-    draw(runs).save(out / "architectures.png")
-    print(f"\nwrote {out}/architectures.png")
+    study(VARIANTS, seeds, steps, out, table, draw, "architectures")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import perflow
 from options import Count, Recipe, command, pick
 from rf import formulation
 from sample import Sampler
-from studies.architectures import shown
-from studies.runs import run_missing
+from studies.runs import markdown, run_missing, shown
 from toy2d import GaussianMixture, Toy, load_mixture, yardsticks
 from train import State, batches, train
 
@@ -79,8 +78,7 @@ def trained(job: tuple[str, int], steps: int) -> dict:
         how = replace(recipe, lr=lr, steps=number, batch_size=size, clip=1.0)
         student = learned(teacher, data, objective, how)
         delta = perflow.delta(student.network, teacher.network)
-        norm = lambda state: torch.stack([w.norm() for w in state.values()]).norm().item()
-        found = {"ratio": norm(delta) / norm(teacher.network.state_dict())}
+        found = {"ratio": perflow.norm(delta) / perflow.norm(teacher.network.state_dict())}
         found["own"] = energy(student, mixture)
         for change, (model, truth) in own.items():
             plugged = replace(model, network=copy.deepcopy(model.network), objective=objective)
@@ -92,14 +90,14 @@ def trained(job: tuple[str, int], steps: int) -> dict:
 
 def table(runs: list[dict]) -> str:
     heads = ["student: lr, steps", "ΔW/W", "its own energy", *CHANGES, "the worst at 10°"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [heads]
     for name in STUDENTS:
         own = [run["students"][name] for run in runs]
         column = lambda key, own=own: [found[key] for found in own]
         cells = [name, f"{np.mean(column('ratio')):.2f}", shown(column("own"), ".1e")]
         cells += [f"{shown(column(change), '.1f')}" for change in CHANGES]
-        lines.append(f"| {' | '.join(cells)} | {min(column('10°')):.1f} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{min(column('10°')):.1f}"])
+    return markdown(*rows)
 
 
 def run(

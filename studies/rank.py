@@ -16,7 +16,7 @@ import torch
 import toy2d
 from options import Count, Recipe, command
 from rf import STUDY, formulation
-from studies.runs import run_missing
+from studies.runs import markdown, run_missing
 from train import State, batches, train
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
@@ -91,7 +91,7 @@ def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> s
     settings = [(m, n) for m in mixtures for n in STEPS]
     heads = ["variant", "rank all", "5", "50", "paper all", "5", "50"]
     heads += [f"{m} {n}" for m, n in settings] + ["outliers 50", "excess"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [heads]
     for i in np.argsort(columns[0], kind="stable"):
         own = [run for run in runs if run["name"] == names[i]]
         row = [f"{column[i]:.2f}" for column in columns]
@@ -101,7 +101,8 @@ def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> s
             row.append(toy2d.shown(mean if mean < 1000 else np.inf, ".2f"))
         row.append(toy2d.shown(np.mean([run["50"]["outliers"] for run in own]), ".1%"))
         row.append(toy2d.shown(np.mean([run["excess"] for run in own]), ".1e"))
-        lines.append(f"| {names[i]} | {' | '.join(row)} |")
+        rows.append([names[i], *row])
+    lines = [markdown(*rows)]
     known = [i for i, name in enumerate(names) if name in PAPER]
     if len(known) > 2:
         paper = np.array([PAPER[names[i]] for i in known]).T

@@ -1,4 +1,6 @@
-"""The runs of a study: made side by side, one a thread, each kept as a file and not made again."""
+"""The runs of a study: made side by side, one a thread, each kept as a file and not made again.
+
+And how their tables are written."""
 
 import json
 import multiprocessing
@@ -8,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path as File
 from urllib.parse import quote
 
+import numpy as np
 from tqdm import tqdm
 
+import toy2d
 from options import reading
 
 
@@ -39,9 +43,9 @@ def run_missing(
     out.mkdir(parents=True, exist_ok=True)
     keys = {*keys, "job", "steps"}
     missing = [job for job in jobs if not run_file(out, job).exists()]
-    for job in {*jobs} - {*missing}:
-        if (there := read_run(run_file(out, job), keys)["steps"]) != steps:
-            raise ValueError(f"--out {out} holds runs of {there} steps, not {steps}")
+    runs = {job: read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}}
+    if other := {run["steps"] for run in runs.values()} - {steps}:
+        raise ValueError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
     workers = max(1, min(len(missing), os.cpu_count()))
     with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:
@@ -51,4 +55,18 @@ def run_missing(
             half = file.with_suffix(f".{os.getpid()}.tmp")
             half.write_text(json.dumps(run))
             half.replace(file)
-    return [read_run(run_file(out, job), keys) for job in jobs]
+            runs[tuple(run["job"])] = read_run(file, keys)
+    return [runs[job] for job in jobs]
+
+
+def shown(values: Sequence[float], form: str) -> str:
+    """Mean and standard error, which one run has not."""
+    mean = toy2d.shown(np.mean(values), form)
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:{form}}"
+
+
+def markdown(*rows: Sequence[str]) -> str:
+    """A table, of which the first row is the head."""
+    head, *others = (f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *others])

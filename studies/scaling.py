@@ -6,8 +6,6 @@ Each depth has the same data, draws, steps and learning rate. The validation los
 and over training FLOPs; the frontier is the best loss of any depth within that many FLOPs. The
 exact reader's verdicts say whether a lower loss means better pictures, as SD3 claims."""
 
-import math
-from functools import partial
 from pathlib import Path as File
 from typing import Annotated
 
@@ -16,9 +14,9 @@ import torch
 
 from options import Count, command
 from pictures import plot, tile
-from studies.architectures import POINTS, shown, trained
+from studies.architectures import POINTS, span_of, study
 from studies.rank import rank_correlation
-from studies.runs import run_missing
+from studies.runs import markdown, shown
 
 
 def frontier(points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
@@ -43,8 +41,8 @@ def curves_of(runs: list[dict]) -> dict[int, tuple[np.ndarray, np.ndarray, np.nd
 
 def report(runs: list[dict]) -> str:
     """The table, the frontier in one line, and how well the loss tells the reader's verdict."""
-    heads = "| depth | weights | TFLOPs | validation loss | seen: all right | unseen: all right |"
-    lines, curves = [heads, "|---" * 6 + "|"], curves_of(runs)
+    heads = "depth", "weights", "TFLOPs", "validation loss", "seen: all right", "unseen: all right"
+    rows, curves = [heads], curves_of(runs)
     for depth, (_, flops, _) in curves.items():
         own = [run for run in runs if run["job"][1] == depth]
         cells = [f"{depth}", f"{own[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.0f}"]
@@ -52,10 +50,10 @@ def report(runs: list[dict]) -> str:
         cells += [
             shown([run[kind]["all right"] for run in own], ".1%") for kind in ("seen", "unseen")
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     points = [(f, loss, d) for d, c in curves.items() for f, loss in zip(*c[1:], strict=True)]
     best = [f"{flops / 1e12:.0f} TFLOPs: depth {depth}" for flops, _, depth in frontier(points)]
-    lines += ["", f"Best loss within so many FLOPs: {', '.join(best)}."]
+    lines = [markdown(*rows), "", f"Best loss within so many FLOPs: {', '.join(best)}."]
     losses = [run["curve"][-1][2] for run in runs]
     for kind in ("seen", "unseen"):
         r = rank_correlation(losses, [-run[kind]["all right"] for run in runs])
@@ -66,9 +64,8 @@ def report(runs: list[dict]) -> str:
 def draw(runs: list[dict]):
     """log10 of the loss, over steps and over log10 FLOPs."""
     curves = curves_of(runs)
-    ends = np.log10(np.concatenate([c[2][1:] for c in curves.values()]))
+    span = span_of([np.log10(c[2][1:]) for c in curves.values()])
     flops = np.log10(np.concatenate([c[1][1:] for c in curves.values()]))
-    low, high = math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
     frames: tuple[dict, dict] = {}, {}
     for depth, (steps, cost, losses) in curves.items():
         x = (np.log10(cost[1:]) - flops.min()) / (flops.max() - flops.min())
@@ -76,7 +73,7 @@ def draw(runs: list[dict]):
             frame[f"depth {depth}"] = torch.tensor(at), torch.tensor(losses[1:]).log10()
     ends = f"10^{flops.min():.1f} to 10^{flops.max():.1f}"
     titles = "log10 loss over the share of the steps", f"log10 loss over FLOPs, {ends}"
-    panels = [plot(f, title, low, high) for f, title in zip(frames, titles, strict=True)]
+    panels = [plot(f, title, *span) for f, title in zip(frames, titles, strict=True)]
     return tile([panels])
 
 
@@ -86,12 +83,7 @@ def run(
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    jobs = [("MM-DiT", depth, seed) for seed in range(seeds) for depth in depths]
-    keys = {"curve", "flops", "parameters", "seen", "unseen"}
-    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
-    print(report(runs))
-    draw(runs).save(out / "scaling.png")
-    print(f"\nwrote {out}/scaling.png")
+    study([("MM-DiT", depth) for depth in depths], seeds, steps, out, report, draw, "scaling")
 
 
 if __name__ == "__main__":
