@@ -1,0 +1,317 @@
+"""The rivals of `studies.fewstep`: their formulas by hand, on maps that are exactly known, and the
+budget that all of them share."""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from options import Recipe
+from perflow import PeRFlow
+from rf import expand, formulation, solve
+from sample import Sampler
+from studies import fewstep, rivals
+from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
+from toy2d import Toy
+
+MEAN, STD = torch.tensor([0.5, -1.0]), 0.4
+
+
+def spread(t):
+    """Of N(MEAN, STD^2) at t on the RF path."""
+    return ((1 - t) ** 2 * STD**2 + t**2) ** 0.5
+
+
+def velocity(z, t):
+    t = expand(t, z)
+    mean, var = (1 - t) * MEAN, spread(t) ** 2
+    x0 = MEAN + (1 - t) * STD**2 / var * (z - mean)
+    return (z - (1 - t) * MEAN) * t / var - x0
+
+
+def carried(z, t, s):
+    """The exact flow of this Gaussian from t to s."""
+    t, s = expand(t, z), expand(s, z)
+    return (1 - s) * MEAN + (z - (1 - t) * MEAN) * spread(s) / spread(t)
+
+
+def exact_jump(K):
+    """f(z, t) that leads along the exact flow to the end of its window."""
+
+    def field(z, t):
+        _, t_end = PeRFlow(None, PATH, K).window(t)
+        step = (carried(z, t, t_end) - z) / expand(t_end - t, z)
+        return step.nan_to_num()  # at t = 0, where it has no weight
+
+    return field
+
+
+def normal(n, seed=0):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Solvers
+@pytest.mark.parametrize("kind", ["dpm", "deis"])
+def test_multistep_is_exact_for_a_point(kind):
+    """x0_hat is the point and eps_hat is constant along the way: any number of steps is exact."""
+    z, point = normal(5), torch.tensor([0.3, 2.0])
+    field = lambda z, t: (z - point) / expand(t, z)
+    times = torch.tensor([1, 0.7, 0.25, 0.1, 0])
+    torch.testing.assert_close(multistep(field, z, times, kind), point.expand(5, 2))
+
+
+@pytest.mark.parametrize("kind", ["dpm", "deis"])
+def test_multistep_is_of_second_order(kind):
+    z, errors = normal(200).double(), []
+    exact = carried(z, torch.tensor(0.9).double(), torch.tensor(0.1).double())
+    for steps in (40, 80, 160):
+        times = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64)
+        errors.append((multistep(velocity, z, times, kind) - exact).abs().max().item())
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert all(3.3 < ratio < 5 for ratio in ratios), ratios
+
+
+def test_deis_integrates_a_linear_eps_hat():
+    """d(z/a)/d(b/a) = eps_hat; where that is e + d t, the second step is exact by quadrature."""
+    e, d = torch.tensor([0.4, -1.0]).double(), torch.tensor([2.0, 0.5]).double()
+    field = lambda z, t: ((e + d * expand(t, z)) - z) / (1 - expand(t, z))  # eps_hat = z + (1-t) v
+    z, times = normal(3).double(), torch.tensor([0.8, 0.5, 0.2]).double()
+    first = multistep(field, z, times[:2], "deis")  # of first order
+    tau = torch.linspace(0.5, 0.2, 20_001, dtype=torch.float64)
+    rho = tau / (1 - tau)
+    integral = torch.trapezoid(e + d * tau[:, None], rho[:, None], dim=0)
+    exact = 0.8 * (first / 0.5 + integral)
+    torch.testing.assert_close(multistep(field, z, times, "deis"), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_dpm_is_that_of_diffusers():
+    schedulers = pytest.importorskip("diffusers").DPMSolverMultistepScheduler
+    times = torch.tensor([0.9, 0.7, 0.4, 0.2, 0])
+    scheduler = schedulers(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=1.0, solver_order=2
+    )
+    scheduler.set_timesteps(4)
+    scheduler.sigmas = times.clone()
+    scheduler.timesteps = torch.arange(4.0)
+    scheduler._step_index = None
+    z = normal(6)
+    out = z
+    for i, t in enumerate(times[:-1]):
+        out = scheduler.step(velocity(out, t.expand(6)), scheduler.timesteps[i], out).prev_sample
+    torch.testing.assert_close(multistep(velocity, z, times, "dpm"), out, rtol=1e-4, atol=1e-4)
+
+
+# ---- Maps that skip the flow
+@pytest.mark.parametrize("K, skip", [(1, 1 / 16), (4, 1 / 16), (2, 1 / 3), (4, 1)])
+def test_the_exact_map_is_the_fixed_point_of_skipping(K, skip):
+    """Its target is itself, to the error of the solver's one step, which is 0 for the exact flow
+    in place of the solver."""
+    objective = Skip(velocity, windows=K, skip=skip, method="rk4")
+    z, t, _ = objective.examples(normal(500), generator=torch.Generator().manual_seed(1))
+    m = objective._middle(t)
+    first = (carried(z, t, m) - z) / expand(m - t, z)
+    *same, target = objective.target(exact_jump(K), (z, t, first))
+    assert same[0] is z and same[1] is t
+    torch.testing.assert_close(target, exact_jump(K)(z, t), rtol=1e-3, atol=1e-4)
+
+
+def test_skipping_walks_two_parts_of_the_way():
+    """z + (t_end - t) target is where first and then second lead."""
+    second = lambda z, t: torch.sin(3 * z) + expand(t, z)
+    objective = Skip(velocity, second, skip=1 / 16, windows=4)
+    z, t, first = objective.examples(normal(50), generator=torch.Generator().manual_seed(1))
+    _, _, target = objective.target(None, (z, t, first))
+    _, t_end = objective.window(t)
+    m = torch.maximum(t - 1 / 16, t_end)
+    z_m = z + expand(m - t, z) * first
+    z_e = z_m + expand(t_end - m, z) * second(z_m, m)
+    torch.testing.assert_close(z + expand(t_end - t, z) * target, z_e)
+    euler = solve(velocity, z, steps=1, t_start=t, t_end=m)
+    torch.testing.assert_close(z_m, euler)
+
+
+def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
+    seen = []
+    own = lambda z, t: (seen.append(t), velocity(z, t))[1]
+    objective = Skip(own, own, skip=1 / 8, windows=4, edge_share=1.0)
+    rows = objective.examples(normal(1000), generator=torch.Generator().manual_seed(1))
+    objective.target(None, rows)
+    assert set(rows[1].tolist()) == {0.25, 0.5, 0.75, 1.0}
+    assert [set(t.tolist()) for t in seen] == [{0.25, 0.5, 0.75, 1}, {0.125, 0.375, 0.625, 0.875}]
+
+
+@pytest.mark.parametrize("K, steps", [(1, 1), (1, 2), (1, 5), (2, 4), (4, 4), (4, 11)])
+def test_the_exact_map_samples_the_data_in_any_number_of_steps(K, steps):
+    n, objective = 40_000, Skip(velocity, windows=K)
+    x = objective.sample(
+        exact_jump(K), normal(n), steps=steps, generator=torch.Generator().manual_seed(2)
+    )
+    error = 5 * STD / math.sqrt(n)  # five standard errors; of a standard deviation it is 1/sqrt(2)
+    torch.testing.assert_close(x.mean(0), MEAN, atol=error, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.full((2,), STD), atol=error, rtol=0)
+
+
+def test_a_windows_last_step_draws_nothing_into_it():
+    """K steps of K windows are jumps from edge to edge: no noise is left in them."""
+    objective, z = Skip(velocity, windows=4), normal(9)
+    draw = lambda seed: objective.sample(
+        exact_jump(4), z, steps=4, generator=torch.Generator().manual_seed(seed)
+    )
+    torch.testing.assert_close(draw(0), carried(z, torch.tensor(1.0), torch.tensor(0.0)))
+    assert torch.equal(draw(0), draw(1))
+
+
+# ---- Matching distributions
+def test_dmd_pushes_from_what_is_drawn_to_what_the_teacher_draws():
+    """Both are Gaussians of one width: x0_hat differs by the distance of the means, times the share
+    of the mean in it, b^2/(a^2 std^2 + b^2)."""
+    away = torch.tensor([0.2, 0.1])
+    critic = torch.nn.Module()
+    critic.forward = lambda z, t: velocity(z - (1 - expand(t, z)) * away, t) - away
+    critic.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
+    dmd = DMD(velocity, critic, 1e-3)
+    x = MEAN + away + STD * normal(64)
+    torch.manual_seed(3)
+    push = dmd.push(x)
+    torch.manual_seed(3)
+    z, t, _ = rivals.noised(x)
+    x0 = z - expand(t, z) * velocity(z, t)
+    share = expand(t**2 / spread(t) ** 2, z)
+    size = (x - x0).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(push, -share * away / size, rtol=1e-3, atol=1e-4)
+    assert t.min() >= 0.02 and t.max() <= 0.98
+
+
+def test_dmds_critic_learns_the_flow_of_what_is_drawn():
+    """Its loss is smallest for the flow of x itself."""
+    x = MEAN + STD * normal(20_000)
+    losses = {}
+    for name, field in (("own", velocity), ("other", lambda z, t: velocity(z - 0.3, t))):
+        torch.manual_seed(0)
+        critic = torch.nn.Linear(1, 1)
+        dmd = DMD(None, critic, 1e-3)
+        dmd.critic = field
+        losses[name] = dmd.loss(x, None)
+    assert losses["own"] < 0.98 * losses["other"]
+
+
+class Score(torch.nn.Linear):
+    """A critic whose mean output is w z."""
+
+    def forward(self, z, t):
+        return super().forward(z)
+
+
+def test_the_adversary_pushes_towards_what_the_critic_takes_for_data():
+    torch.manual_seed(0)
+    critic, x = Score(2, 2), normal(7)
+    torch.manual_seed(5)
+    push = Adversarial(critic, 1e-3).push(x)
+    torch.manual_seed(5)
+    z, t, _ = rivals.noised(x)
+    said = critic(z, t).mean(1, keepdim=True)
+    expected = torch.sigmoid(-said) * expand(1 - t, z) * critic.weight.mean(0)
+    torch.testing.assert_close(push, expected)
+
+
+def test_the_critic_learns_to_tell_data():
+    torch.manual_seed(0)
+    critic = Score(2, 1)
+    objective = Adversarial(critic, 0.05)
+    objective.field(lambda z, t: z - z * 0.1 - 2)  # draws x = 0.1 z + 2
+    for seed in range(60):
+        rows = objective.examples(
+            normal(256) * 0.1 - 2, generator=torch.Generator().manual_seed(seed)
+        )
+        objective.target(None, rows)
+    assert (
+        critic(torch.full((1, 2), -2.0), None) > 0.2 > -0.2 > critic(torch.full((1, 2), 2.0), None)
+    )
+
+
+class Pushed(Match):
+    loss = lambda self, x, x0: self.critic.weight.sum() * 0
+    push = lambda self, x: torch.full_like(x, 0.25)
+
+
+def test_a_judged_rows_target_moves_x_and_a_pair_keeps_its_own():
+    pairs = normal(30, 1), torch.ones(30), normal(30, 2)
+    field = lambda z, t: 0.5 * z
+    objective = Pushed(torch.nn.Linear(1, 1), 1e-3, pairs, weight=2)
+    objective.field(field)
+    z, t, x0 = objective.examples(normal(8, 3), generator=torch.Generator().manual_seed(0))
+    assert len(z) == 16 and torch.equal(x0[::2], normal(8, 3)) and (t == 1).all()
+    rows = [(z_ == pairs[0]).all(1).nonzero().item() for z_ in z[1::2]]
+    assert torch.equal(x0[1::2], pairs[2][rows])
+    _, _, target = objective.target(None, (z, t, x0))
+    assert torch.equal(target[1::2], x0[1::2])
+    torch.testing.assert_close(z[::2] - target[::2], z[::2] - field(z[::2], t) + 2 * 0.25)
+    alone = Pushed(torch.nn.Linear(1, 1), 1e-3)
+    assert alone.reuse == 1 and len(alone.examples(normal(8))[0]) == 8
+
+
+# ---- The budget
+TINY = dict(steps=14, batch_size=64, lr=1e-3, clip=1.0, dropout=0.0, block=2, threads=None)
+
+
+@pytest.fixture
+def start():
+    data = Toy(Toy.Options("ring"))
+    recipe = Recipe(**data.recipe(data.options) | TINY)
+    torch.manual_seed(0)
+    network = Toy.network(data.spec(), recipe).requires_grad_(False)
+    return Sampler(network, formulation("rf"), vars(recipe) | {"spec": data.spec()}), data, recipe
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monkeypatch):
+    """Two a row; DMD without pairs has one, and the adversary none. The blocks that are drawn ahead
+    and not used are not counted as steps."""
+    teacher, data, recipe = start
+    counted, original = [0], rivals.flow
+
+    def counting(model):
+        field = original(model)
+        return lambda z, t, *cond: (
+            counted.__setitem__(0, counted[0] + len(z)),
+            field(z, t, *cond),
+        )[1]
+
+    monkeypatch.setattr(rivals, "flow", counting)
+    before = copy.deepcopy(teacher.network.state_dict())
+    students = METHODS[name].train(teacher, data, replace(recipe, block=1))
+    assert all(torch.equal(w, before[key]) for key, w in teacher.network.state_dict().items())
+    rows = 14 * 64
+    share = {"DMD without pairs": 1, "adversarial": 0}.get(name, 2)
+    ahead = 64 * 2 * 7  # one block is drawn in advance, of each round
+    assert share * rows <= sum(counted) <= share * rows + ahead
+    for n, model in students.items():
+        x = model.sample(normal(5), steps=n, generator=torch.Generator().manual_seed(0))
+        assert x.shape == (5, 2) and x.isfinite().all()
+    assert list(students) == [n for n in rivals.COUNTS if n >= min(students)]
+
+
+def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
+    short = Toy.recipe
+    monkeypatch.setattr(Toy, "recipe", staticmethod(lambda o: short(o) | dict(steps=30)))
+    monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
+        energy=draw(normal(20)).mean().item(), outliers=0.5
+    ))  # fmt: skip
+    base = fewstep.untrained(("ring", "teacher", 0), 14, tmp_path)
+    assert (tmp_path / "ring-0.pt").exists()
+    assert list(base["scores"]["RK4"]) == ["4", "8"] and list(base["scores"]["Heun"]) == [
+        "2",
+        "4",
+        "8",
+    ]
+    euler = fewstep.teacher_of("ring", 0, tmp_path).sample(normal(20), steps=8).mean().item()
+    assert base["scores"]["Euler (DDIM)"]["8"]["energy"] == pytest.approx(euler, rel=1e-4)
+    run = fewstep.trained(("ring", "PeRFlow, K = 2", 1e-3, 0), 14, tmp_path)
+    assert list(run["scores"]) == ["2", "4", "8"] and len(run["samples"]) == 1000
+    made = [run | dict(job=["ring", name, 1e-3, 0]) for name in METHODS]
+    text = fewstep.table([base], made)
+    assert "| RK4 | – | – |" in text and "| 0.001 |" in text
+    assert len(fewstep.draw(made, "ring").getcolors(1 << 20)) > 50
