@@ -20,7 +20,7 @@ from torch import Tensor
 import sample
 import toy2d
 from options import Count, Recipe, command
-from pictures import Canvas, hues, tile
+from pictures import WARM, Canvas, hues, tile
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
 from studies.delta import learned
@@ -147,14 +147,16 @@ def table(bases: list[dict], runs: list[dict]) -> str:
 
 def draw(runs: list[dict], mixture: str):
     """What the first seed's students draw in their fewest evaluations, from the same noise."""
-    scene, panels = load_mixture(mixture).scene(), []
-    colours = hues(torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)))
+    truth, generator = load_mixture(mixture), torch.Generator().manual_seed(0)
+    scene, colours = truth.scene(), hues(torch.randn(1000, 2, generator=generator))
+    data, _ = truth.sample(1000, generator)
+    panels = [Canvas(scene, 260).glow(0).points(data, [WARM] * 1000, 3).done("the data")]
     for run in runs:
         x = torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9)
         n = next(iter(run["scores"]))
         label = f"{run['job'][1]}: {n} step{'s' * (n != '1')}"
         panels.append(Canvas(scene, 260).glow(0).points(x, colours, 3).done(label))
-    return tile([panels[: len(panels) // 2], panels[len(panels) // 2 :]])
+    return tile([panels[:6], panels[6:]])
 
 
 def run(

@@ -239,13 +239,13 @@ def matched(pairs: bool, weight: float, teacher: Sampler, data, recipe: Recipe) 
     rows = pairs_of(number, teacher, data, recipe) if pairs else None
     critic = copy.deepcopy(teacher.network).requires_grad_(True)
     objective = DMD(flow(teacher), critic, recipe.lr, rows, weight)
-    return student(objective, teacher, data, recipe)
+    return {1: learned(teacher, data, objective, recipe)}
 
 
 def adversarial(teacher: Sampler, data, recipe: Recipe) -> Students:
     torch.manual_seed(recipe.seed)
     critic = data.network(data.spec(), recipe)
-    return student(Adversarial(critic, recipe.lr / 4), teacher, data, recipe)
+    return {1: learned(teacher, data, Adversarial(critic, recipe.lr / 4), recipe)}
 
 
 @dataclass

@@ -291,7 +291,8 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
     for n, model in students.items():
         x = model.sample(normal(5), steps=n, generator=torch.Generator().manual_seed(0))
         assert x.shape == (5, 2) and x.isfinite().all()
-    assert list(students) == [n for n in rivals.COUNTS if n >= min(students)]
+    able = (1,) if "DMD" in name or name in ("its pairs alone", "adversarial") else rivals.COUNTS
+    assert list(students) == [n for n in able if n >= min(students)]
 
 
 def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
