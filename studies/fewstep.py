@@ -1,10 +1,12 @@
 """Few steps: PeRFlow against every rival that its paper names, on the ring and the grid.
 
-    python -m studies.fewstep             an hour on two cores
+    python -m studies.fewstep                                      an hour on two cores
+    python -m studies.fewstep --shapes runs/shapes/checkpoint.pt   half an hour
 
 All learn from the same teacher with as many of its evaluations, rows and steps. Learning rates are
 scanned on the first seed, five a method; the best of them meets the other seeds. A method has as
-many evaluations as its sampler can use: what it cannot do in so few is left out."""
+many evaluations as its sampler can use: what it cannot do in so few is left out. On shapes each
+method is trained once, and the exact reader says how often its students are right."""
 
 import math
 import time
@@ -23,6 +25,7 @@ from options import Count, Recipe, command
 from pictures import WARM, Canvas, hues, tile
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
+from shapes import Shapes
 from studies.delta import learned
 from studies.rivals import COUNTS, METHODS, flow, multistep
 from studies.runs import markdown, run_missing, shown
@@ -101,6 +104,34 @@ def trained(job: tuple[str, str, float, int], steps: int, out: File) -> dict:
     return dict(job=job, steps=steps, scores=scores, seconds=spent, samples=x0)
 
 
+# ---- A run on shapes, judged by the exact reader
+def painted(job: tuple[str, str, float, int], steps: int, checkpoint: File) -> dict:
+    """The run ("shapes", method, learning rate, seed): {evaluations: [how often samples of seen and
+    of unseen captions are all right]}; the method "teacher" has nothing to train."""
+    torch.set_num_threads(1)
+    _, name, lr, seed = job
+    teacher, data = sample.load(checkpoint), Shapes(Shapes.Options())
+    recipe = data.recipe(Shapes.Options()) | data.distil
+    recipe = Recipe(**recipe | dict(lr=lr, steps=steps, seed=seed, dropout=0.0))
+    start, students = time.perf_counter(), dict.fromkeys(COUNTS, teacher)
+    if name in METHODS:
+        students = METHODS[name].train(teacher, data, recipe)
+    spent, scores = time.perf_counter() - start, {}
+    for n, model in students.items():
+        right = [data.right(model, 200, new, steps=n)["all right"] for new in (False, True)]
+        scores[str(n)] = right
+    return dict(job=job, steps=steps, scores=scores, seconds=spent)
+
+
+def shapes_table(runs: list[dict]) -> str:
+    rows = [["method", *map(str, COUNTS), "seconds"]]
+    for run in runs:
+        told = [run["scores"].get(str(n)) for n in COUNTS]
+        cells = [", ".join(f"{share:.1%}" for share in pair) if pair else "–" for pair in told]
+        rows.append([run["job"][1], *cells, f"{run['seconds']:.0f}"])
+    return markdown(*rows)
+
+
 # ---- The tables and the picture
 def energy(run: dict, n: int | None = None) -> float:
     """In n evaluations, by default in its fewest."""
@@ -159,14 +190,8 @@ def draw(runs: list[dict], mixture: str):
     return tile([panels[:6], panels[6:]])
 
 
-def run(
-    mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
-    seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
-    out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
-) -> None:
-    for mixture in mixtures:
-        load_mixture(mixture)
+def compare(mixtures: Sequence[str], seeds: int, steps: int, out: File) -> None:
+    """On the toy: teachers, the scans on the first seed, the best of them on the others."""
     make = partial(run_missing, out, steps=steps)
     bases = make(
         jobs=[(m, "teacher", s) for m in mixtures for s in range(seeds)],
@@ -196,6 +221,27 @@ def run(
         print(markdown(*rows))
         draw(own(runs)[: len(METHODS)], mixture).save(out / f"fewstep_{mixture}.png")
         print(f"\nwrote {out}/fewstep_{mixture}.png")
+
+
+def run(
+    mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
+    seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
+    steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
+    out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
+    shapes: Annotated[File | None, "a checkpoint of shapes: compare on it instead"] = None,
+    lr: Annotated[float, "on shapes", 1e-30, 1e30] = 5e-4,
+) -> None:
+    for mixture in mixtures:
+        load_mixture(mixture)
+    if not shapes:
+        compare(mixtures, seeds, steps, out)
+        return
+    steps = Shapes.distil["steps"]
+    jobs = [("shapes", name, lr, 0) for name in ("teacher", *METHODS)]
+    work = partial(painted, steps=steps, checkpoint=shapes)
+    runs = run_missing(out, jobs, work, steps, {"scores", "seconds"})
+    print("all right, of 200 captions of seen and 200 of unseen pairs, by evaluations:\n")
+    print(shapes_table(runs))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from options import Recipe
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
+from shapes import Shapes
 from studies import fewstep, rivals
 from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
 from toy2d import Toy
@@ -316,3 +317,27 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
     text = fewstep.table([base], made)
     assert "| RK4 | – | – |" in text and "| 0.001 |" in text
     assert len(fewstep.draw(made, "ring").getcolors(1 << 20)) > 50
+
+
+@pytest.mark.parametrize("name", ["teacher", "DMD", "adversarial", "progressive", "PeRFlow, K = 2"])
+def test_a_method_on_shapes(name, monkeypatch):
+    """With its captions, and the teacher's guidance in every field that is learned from."""
+    preset = Shapes.recipe(Shapes.Options()) | dict(depth=1, precision="fp32")
+    monkeypatch.setattr(Shapes, "recipe", staticmethod(lambda o: preset))
+    monkeypatch.setattr(Shapes, "distil", dict(batch_size=16, block=1))
+    recipe, spec = Recipe(**preset), Shapes(Shapes.Options()).spec()
+    network = Shapes.network(spec, recipe).requires_grad_(False)
+    config = vars(recipe) | dict(dataset="shapes", spec=spec)
+    monkeypatch.setattr(
+        fewstep.sample, "load", lambda file: Sampler(network, formulation("rf"), config)
+    )
+    right = Shapes.right
+    few = lambda model, n, new, steps: right(model, 2, new, steps=steps)
+    monkeypatch.setattr(Shapes, "right", staticmethod(few))
+    scales, guided = set(), Sampler.guided
+    spy = lambda self, cfg=1.0: (scales.add((self.network is network, cfg)), guided(self, cfg))[1]
+    monkeypatch.setattr(Sampler, "guided", spy)
+    run = fewstep.painted(("shapes", name, 1e-3, 0), 7, None)
+    assert all(0 <= share <= 1 for pair in run["scores"].values() for share in pair)
+    assert ((True, 3.0) in scales) == (name != "adversarial") and (True, 1.0) not in scales
+    assert f"| {name} |" in fewstep.shapes_table([run])
