@@ -35,6 +35,8 @@ def make_parser(description: str) -> Parser:
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
     add("--resume", action="store_true", default=None, help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    how = dict(action="store_true", default=None)
+    add("--shard", help="torchrun's ranks share weights and optimizer (FSDP2)", **how)
     parser.add_options(Recipe, "the loop", defaults=False)
     for flag, table in (("--dataset {}", DATASETS), ("--{} TEACHER", OBJECTIVES)):
         for name, kind in table.items():
@@ -54,7 +56,7 @@ def configure(given: dict, held: contextlib.ExitStack) -> tuple:
     origin = start.config if start else {}
     if origin.get("objective"):
         raise ValueError(f"{whose} is itself a student; take its teacher")
-    own = ("out", "resume", "device", "init", objective)
+    own = ("out", "resume", "device", "init", "shard", objective)
     flags = {key: value for key, value in given.items() if key not in own}
     name, checkpoint = flags.get("dataset", origin.get("dataset", "toy2d")), None
     default = "-".join(filter(None, (name, objective)))

@@ -193,17 +193,22 @@ class MMDiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """adaLN-zero: every modulation and the output start at zero, so each block is the identity.
-        The rest is DiT's, as SD3 is silent. Each weight is set once: nothing undoes the zeros."""
         for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                nn.init.zeros_(layer.bias)
-                if "adaLN" in name or name == "final_layer.linear":
-                    nn.init.zeros_(layer.weight)
-                elif name.startswith(("t_embedder", "y_embedder")):
-                    nn.init.normal_(layer.weight, std=0.02)
-                else:
-                    nn.init.xavier_uniform_(layer.weight.data.flatten(1))  # a patch is one vector
+            self.initialize(name, layer)
+
+    def initialize(self, name: str, layer: nn.Module) -> None:
+        """The start of one of its layers. adaLN-zero: every modulation and the output are zero, so
+        each block is the identity. The rest is DiT's, as SD3 is silent. Each weight is set once:
+        nothing undoes the zeros."""
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            return
+        nn.init.zeros_(layer.bias)
+        if "adaLN" in name or name == "final_layer.linear":
+            nn.init.zeros_(layer.weight)
+        elif name.startswith(("t_embedder", "y_embedder")):
+            nn.init.normal_(layer.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(layer.weight.data.flatten(1))  # a patch is one vector
 
     def positions(self, h: int, w: int) -> Tensor:
         """(1, h w, D): the centre of the table, for any size and aspect ratio, row by row."""

@@ -36,6 +36,7 @@ import text
 from data import DATA, NOISE, Cifar10, Latents, seeded
 from mmdit import HEAD_DIM
 from options import Count, Recipe, command, misfit, names, pick, reading
+from parallel import share
 from perflow import PeRFlow, plug, same_network
 from rf import SOLVERS, Field, formulation, guide
 from shapes import Shapes
@@ -202,7 +203,9 @@ def digest(network: nn.Module) -> int:
 
 def load_weights(network: nn.Module, state: dict, origin: str | File, assign=False) -> None:
     """Strict, with a one-line ValueError where the weights are another network's."""
+    own = network.state_dict()
     try:
+        state = {key: share(w, own.get(key)) for key, w in state.items()}
         network.load_state_dict(state, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -19,25 +19,26 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import io
 import itertools
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import timedelta
+from functools import partial
 from pathlib import Path as File
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -46,6 +47,7 @@ import sample
 from configure import compared, configure, make_parser
 from data import HELD_OUT, NOISE, seeded
 from options import Recipe, pick, ranks, reading
+from parallel import add_up, gathered, is_sharded, join, replicated, sharded, share
 from rf import Field, squared_error
 from sample import DATASETS, Sampler, autocast
 
@@ -94,12 +96,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 class State:
     """What training changes: the network, the average of its weights (EMA), optimizer and step.
-    `model` is what is called: the network, maybe compiled or distributed."""
+    `model` is what is called: the network, maybe compiled or replicated."""
 
-    def __init__(self, network: nn.Module, recipe: Recipe):
+    def __init__(self, network: nn.Module, recipe: Recipe, average: nn.Module | None = None):
         self.network, self.model, self.recipe, self.step = network, network, recipe, 0
         self.losses: list[Tensor] = []  # since the last log, on the device
-        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.average = (average or copy.deepcopy(network)).requires_grad_(False).eval()
         how = dict(betas=(0.9, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, **how, fused=True)
 
@@ -112,6 +114,8 @@ class State:
             shapes = [moments[i][key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
             if shapes != [(), w.shape, w.shape]:
                 raise ValueError(f"moments of the shapes {shapes} for weights of {w.shape}")
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[i][key] = share(moments[i][key], w)
         device = next(self.network.parameters()).device
         self.losses = [
             torch.tensor(float(loss), device=device) for loss in checkpoint.get("losses", [])
@@ -124,33 +128,38 @@ class State:
         could not go on is never saved."""
         moments = [x for moments in self.optimizer.state.values() for x in moments.values()]
         tensors = [*self.network.parameters(), *self.average.parameters(), *moments]
-        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+        own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        finite = torch.stack(torch._foreach_norm(own)).isfinite().all().float()
+        if dist.is_initialized():  # a rank may hold a share that no other does
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
 
     def save(self, path: File, config: dict | None = None) -> None:
-        """A checkpoint; without a configuration, it is of a network and a tensor of one's own."""
+        """A checkpoint; without a configuration, it is of a network and a tensor of one's own.
+        Where the weights are shared, all ranks call it, and rank 0 writes."""
         own = dict(dataset=None, objective=None, teacher=None, spec={})
         parts = {"network": self.network, "ema": self.average, "optimizer": self.optimizer}
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: gathered(part.state_dict()) for name, part in parts.items()}
         config, losses = config or asdict(self.recipe) | own, [x.item() for x in self.losses]
-        sample.save(path, {"config": config, "step": self.step, "losses": losses, **state})
+        if ranks()[0] == 0:
+            sample.save(path, {"config": config, "step": self.step, "losses": losses, **state})
 
 
 def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run | None" = None):
     """Train the state until recipe.steps: the objective's loss, AdamW, the average of the weights.
     batches gives the micro-batches of each step. A run logs, evaluates, saves and stops: then what
     is returned says why it stopped early: a message, or a signal's exit code."""
-    field, no_sync = objective.field(state.model), getattr(state.model, "no_sync", None)
+    field = objective.field(state.model)
     weights, average = list(state.network.parameters()), list(state.average.parameters())
     for step in run.bar if run else range(state.step, recipe.steps):
         loss, micro_batches = 0, next(batches)
         state.optimizer.zero_grad()
         for i, rows in enumerate(micro_batches):
-            more = no_sync and i + 1 < len(micro_batches)  # ranks add up after the last one only
-            with no_sync() if more else contextlib.nullcontext():
-                with autocast(recipe.precision, rows[0].device):
-                    part = squared_error(field, *objective.target(state.average, rows))
-                    part = part / len(micro_batches)
-                part.backward()
+            add_up(state.model, now=i + 1 == len(micro_batches))
+            with autocast(recipe.precision, rows[0].device):
+                part = squared_error(field, *objective.target(state.average, rows))
+                part = part / len(micro_batches)
+            part.backward()
             loss = loss + part.detach()
         if recipe.clip:
             nn.utils.clip_grad_norm_(weights, recipe.clip)
@@ -218,6 +227,8 @@ class Run:
         self.out, self.config, self.state, self.recipe = out, config, state, recipe
         self.data, self.objective = data, objective
         self.rank, self.world = ranks()
+        # where weights are shared, all ranks call the network for what rank 0 shows
+        self.calls = self.rank == 0 or is_sharded(state.network)
         self.sampler = Sampler(state.average, objective, config, recipe.steps)
         self.device, self.metrics = self.sampler.device, {}
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
@@ -226,6 +237,7 @@ class Run:
         if self.rank == 0:
             cut_log(out / "log.jsonl", state.step)
             self.file = (out / "log.jsonl").open("a")
+        if self.calls:
             self.held_out = [x.to(self.device) for x in data.held_out(recipe.validation)]
             if self.peak and recipe.precision == "bf16" and not config["teacher"]:
                 self.flops = training_flops(state.network, *self.held_out)
@@ -267,17 +279,27 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Of the average of the weights, on held-out data. All ranks know the loss."""
         loss = torch.zeros((), device=self.device)
-        if self.rank == 0:
+        if self.calls:
             field = self.objective.field(self.sampler.guided())
             loss += validation_loss(field, self.objective, *self.held_out)
         if self.world > 1:
             dist.broadcast(loss, 0)
         self.metrics = {"val_loss": loss.item()}
-        if self.rank == 0 and loss.isfinite():
+        if self.calls and loss.isfinite():
             self.metrics |= self.data.metrics(self.sampler)
             if self.state.step != self.recipe.steps:
-                self.data.preview(self.sampler, self.out)
+                with self.shown() as out:
+                    self.data.preview(self.sampler, out)
         return self.metrics
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[File]:
+        """Where to draw: the run's folder or, for a rank that only helps, one that nobody sees."""
+        if self.rank == 0:
+            yield self.out
+            return
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            yield File(out)
 
     def log(self, values: list[float], metrics: dict[str, float]) -> None:
         if self.rank > 0:
@@ -293,7 +315,7 @@ class Run:
         self.bar.set_postfix(shown, refresh=False)
 
     def save(self) -> None:
-        if self.rank == 0:
+        if self.calls:
             self.state.save(self.out / "checkpoint.pt", self.config)
         self.saved = self.state.step
 
@@ -353,7 +375,10 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     config["spec"] = compared(data.spec(), config["spec"], whose, bool(checkpoint))
     teacher = start if config["teacher"] else None
     torch.manual_seed(recipe.seed)
-    network = kind.network(config["spec"], recipe).to(device)
+    join(device)
+    build = lambda: kind.network(config["spec"], recipe)
+    shard = partial(sharded, build, device, recipe.precision == "bf16")
+    network = shard() if given.get("shard") else build().to(device)
     if start:
         origin = config["teacher"] or given["init"]
         sample.load_weights(network, start.network.state_dict(), origin)
@@ -369,12 +394,13 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
     del start  # a teacher stays
-    state = State(network, recipe)
+    state = State(network, recipe, shard(network) if given.get("shard") else None)
     if checkpoint:
         with reading(out / "checkpoint.pt", "checkpoint"):
             state.load(checkpoint, out)
         del checkpoint  # of 16 bytes a parameter
-    state.model = distributed(torch.compile(network) if recipe.compile else network, device)
+    model = torch.compile(network) if recipe.compile else network
+    state.model = model if given.get("shard") else replicated(model)
     run = Run(out, config, state, data, objective, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)
@@ -387,12 +413,13 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     if isinstance(outcome, int) and run.rank == 0:
         again = f"python train.py --dataset {config['dataset']} --resume --out {out}"
         print(f"stopped; saved step {state.step}. Go on with: {again}")
-    if outcome or run.rank > 0:
-        return outcome
-    finish(run, teacher)
+    if run.calls and not outcome:
+        with run.shown() as folder:
+            finish(run, folder, teacher)
+    return outcome
 
 
-def finish(run: Run, teacher: Sampler | None) -> None:
+def finish(run: Run, out: File, teacher: Sampler | None) -> None:
     """After the last step: a student's Delta W, the report of the data, and what to type next."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: the report may be cut short
@@ -400,26 +427,14 @@ def finish(run: Run, teacher: Sampler | None) -> None:
     few = ""
     if teacher:
         weights = teacher.network.state_dict()
-        delta, few = perflow.delta(run.state.average, weights), f" --steps {run.objective.fewest}"
-        sample.save(run.out / "delta.pt", {"delta": delta, "config": run.config})
-        ratio = perflow.norm(delta) / perflow.norm(weights)
-        print(f"{run.out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
-    run.data.report(run.sampler, run.out, teacher)
-    print(f"next: python sample.py {run.out}/checkpoint.pt{few} --out samples.png")
-
-
-def distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model over all ranks of torchrun."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    if ranks()[1] == 1:
-        return model
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # an hour, as the others wait while rank 0 evaluates, draws and saves
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        few, average = f" --steps {run.objective.fewest}", gathered(run.state.average.state_dict())
+        if run.rank == 0:
+            delta = perflow.delta(average, weights)
+            sample.save(out / "delta.pt", {"delta": delta, "config": run.config})
+            ratio = perflow.norm(delta) / perflow.norm(weights)
+            print(f"{out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
+    run.data.report(run.sampler, out, teacher)
+    print(f"next: python sample.py {out}/checkpoint.pt{few} --out samples.png")
 
 
 if __name__ == "__main__":

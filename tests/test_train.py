@@ -388,7 +388,7 @@ def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
 
 def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
     out = tmp_path / "killed"
-    command = latents_command(latents, out, "--steps", "4000", ranks=2)
+    command = latents_command(latents, out, "--steps", "4000", "--shard", ranks=2)
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert job.poll() is None
@@ -590,6 +590,7 @@ BAD_TRAIN = [
     (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
     (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
     (["--no-such-flag"], ["--no-such-flag"]),
+    (["--shard"], ["--shard is for several ranks: torchrun --nproc_per_node"]),
     (["--data", "cifar"], ["--data cifar needs --dataset cifar10 or --dataset latents"]),
     (["--download"], ["--download needs --dataset cifar10"]),
     (["--download", "--dataset", "cifar10"], ["--dataset cifar10 needs --data DIR"]),

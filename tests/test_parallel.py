@@ -1,0 +1,153 @@
+"""--shard: what FSDP2's ranks learn is what DDP's learn, and their checkpoint is any other's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import IMAGE_CHANGES, ROOT, TINY
+
+import parallel
+import sample
+from mmdit import ClassMMDiT, MMDiT
+from toy2d import MLP
+
+SCRIPT = f"""
+import itertools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, data, mmdit, train
+torch.set_num_threads(1)
+recipe, data.Dataset.report = data.Latents.recipe, lambda *a: None
+data.Latents.recipe = staticmethod(lambda o: recipe(o) | dict({IMAGE_CHANGES}, eps=1e-8))
+start = mmdit.MMDiT.__init__
+def checkpointed(self, *args, **how):
+    start(self, *args, **how)
+    self.checkpointing = True
+mmdit.MMDiT.__init__ = checkpointed
+join, leave = train.join, train.dist.destroy_process_group  # one group for all runs
+train.join = lambda device: train.dist.is_initialized() or join(device)
+train.dist.destroy_process_group = lambda: None
+for more, run in itertools.groupby(sys.argv[1:], lambda arg: arg != "then"):
+    if more:
+        sys.argv = ["train.py", *run]
+        train.main()
+train.dist.is_initialized() and leave()
+"""
+
+
+def runs_of(tmp_path, ranks, *runs):
+    """Several runs of the command, one after the other, in the same ranks."""
+    script = tmp_path / "runs.py"
+    script.write_text(SCRIPT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    args = [str(arg) for run in runs for arg in (*run, "then")]
+    command = [sys.executable, *launch * (ranks > 1), script, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def differ(a, b):
+    """The largest difference of the weights and of their averages."""
+    a, b = (sample.read(out / "checkpoint.pt") for out in (a, b))
+    keys = [(part, key) for part in ("network", "ema") for key in a[part]]
+    assert a["network"].keys() == b["network"].keys() and a["step"] == b["step"]
+    return max((a[part][key] - b[part][key]).abs().max().item() for part, key in keys)
+
+
+def test_shares_learn_what_replicas_learn(latents, tmp_path):
+    """20 steps with accumulation, clipping and activation checkpointing, to the rounding of the
+    gradient's norm; in bf16 that flips the rounding of some weights. Saved with two ranks and
+    resumed with one, and with three; a student, too."""
+    flags = ["--dataset", "latents", "--data", latents, *TINY, "--depth", 2, "--batch-size", 24]
+    flags += ["--accumulate", 2]
+    names = "ddp", "whole", "half", "ddp16", "whole16", "one", "three", "student"
+    out = {name: tmp_path / name for name in names}
+    run = lambda name, steps, *more: [*flags, "--steps", steps, "--out", out[name], *more]
+    bf16 = "--precision", "bf16"
+    done = runs_of(
+        tmp_path, 2,
+        run("ddp", 20), run("whole", 20, "--shard"), run("half", 10, "--shard"),
+        run("ddp16", 20, *bf16), run("whole16", 20, *bf16, "--shard"),
+        ["--perflow", out["ddp"] / "checkpoint.pt", "--data", latents, "--out", out["student"],
+         "--steps", 5, "--batch-size", 16, "--windows", 2, "--evaluations", 4, "--shard"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert losses(out["whole"]) == pytest.approx(losses(out["ddp"]), rel=1e-6)
+    assert differ(out["whole"], out["ddp"]) < 1e-5
+    assert losses(out["whole16"]) == pytest.approx(losses(out["ddp16"]), rel=1e-4)
+    assert losses(out["whole16"])[0] != losses(out["whole"])[0]
+    files = {file.name for file in out["student"].iterdir()}
+    assert files >= {"checkpoint.pt", "delta.pt", "log.jsonl"}
+    for ranks, name, *more in ((1, "one", 4), (3, "three", 2, "--shard")):
+        out[name].mkdir()
+        for file in ("checkpoint.pt", "log.jsonl"):
+            (out[name] / file).write_bytes((out["half"] / file).read_bytes())
+        resume = ["--resume", "--out", out[name], "--data", latents, "--steps", 20]
+        done = runs_of(tmp_path, ranks, [*resume, "--accumulate", *more])
+        assert done.returncode == 0, done.stderr[-6000:]
+    assert losses(out["one"]) == pytest.approx(losses(out["ddp"]), rel=1e-6)
+    assert differ(out["one"], out["ddp"]) < 1e-5
+    assert sample.read(out["three"] / "checkpoint.pt")["step"] == 20
+    assert losses(out["three"])[:2] == losses(out["half"])[:2]
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A group of one rank that takes itself for two."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    monkeypatch.setattr(parallel, "ranks", lambda: (0, 2))
+    yield
+    dist.destroy_process_group()
+
+
+BUILDERS = {
+    "MLP": lambda: MLP(8),
+    "classes": lambda: ClassMMDiT(3, 2, 4, 2, 4),
+    "norms": lambda: MMDiT(2, 3, 2, 4, context_dim=5, pooled_dim=6, qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_shares_start_as_the_constructor_does(name, alone):
+    """To the bit, with real buffers and null conditions; the average starts as its network."""
+    torch.manual_seed(3)
+    plain, after = BUILDERS[name](), torch.rand(1)
+    torch.manual_seed(3)
+    shared = parallel.sharded(BUILDERS[name], torch.device("cpu"), bf16=False)
+    assert torch.rand(1) == after and parallel.is_sharded(shared)
+    state = parallel.gathered(shared.state_dict())
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(w, state[key]) for key, w in plain.state_dict().items())
+    average = parallel.sharded(BUILDERS[name], torch.device("cpu"), False, shared)
+    again = parallel.gathered(average.state_dict())
+    assert all(torch.equal(w, again[key]) for key, w in state.items())
+    other = {key: w + 1 for key, w in state.items()}
+    sample.load_weights(shared, other, "elsewhere")
+    assert all(
+        torch.equal(w, other[key]) for key, w in parallel.gathered(shared.state_dict()).items()
+    )
+    other.popitem()
+    with pytest.raises(ValueError, match="elsewhere holds the weights of another network"):
+        sample.load_weights(shared, other, "elsewhere")
+    with pytest.raises(ValueError, match="elsewhere holds the weights of another network"):
+        sample.load_weights(shared, {key: w[..., None] for key, w in state.items()}, "elsewhere")
+
+
+def test_an_average_is_never_stale(alone):
+    """It is called, changed, and called again, as evaluations during a run do."""
+    torch.manual_seed(0)
+    plain = BUILDERS["classes"]()
+    average = parallel.sharded(BUILDERS["classes"], torch.device("cpu"), False)
+    sample.load_weights(average, plain.state_dict(), "")
+    z, t, label = torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1])
+    weights = [*plain.parameters(), *average.parameters()]
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(average(z, t, label), plain(z, t, label))
+            for w in weights:
+                w.add_(0.1)
