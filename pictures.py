@@ -221,6 +221,8 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high:
     for i, ((name, (x, y)), colour) in reversed(rows):  # wide ones first: equal curves show as rims
         points = zip(x.tolist(), y.clamp(low, high).tolist(), strict=True)
         draw.line([place(*point) for point in points], colour, 4 + i, joint="curve")
-        draw.text((left + 16 if low == 0 else size - 330, 96 + 34 * i), name, colour, font)
+    for i, ((name, _), colour) in rows:
+        at = left + 16 if low == 0 else size - 330, 96 + 34 * i
+        draw.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)
     draw.text((72, 24), title, INK, ImageFont.load_default(32))
     return image.resize((size // 2, size // 2), Image.Resampling.LANCZOS)

@@ -1,11 +1,12 @@
 """SD3's figure 8 on shapes: does a larger MM-DiT learn better, and does the loss predict quality?
 
-    python -m studies.scaling             30 minutes on two cores, --depths 1 2 3 4 5 6
+    python -m studies.scaling             an hour on two cores
 
 Each depth has the same data, draws, steps and learning rate. The validation loss stands over steps
 and over training FLOPs; the frontier is the best loss of any depth within that many FLOPs. The
 exact reader's verdicts say whether a lower loss means better pictures, as SD3 claims."""
 
+import itertools
 from pathlib import Path as File
 from typing import Annotated
 
@@ -52,8 +53,9 @@ def report(runs: list[dict]) -> str:
         ]
         rows.append(cells)
     points = [(f, loss, d) for d, c in curves.items() for f, loss in zip(*c[1:], strict=True)]
-    best = [f"{flops / 1e12:.0f} TFLOPs: depth {depth}" for flops, _, depth in frontier(points)]
-    lines = [markdown(*rows), "", f"Best loss within so many FLOPs: {', '.join(best)}."]
+    leads = itertools.groupby(frontier(points), key=lambda point: point[2])
+    best = [f"depth {depth} from {next(own)[0] / 1e12:.2g}" for depth, own in leads]
+    lines = [markdown(*rows), "", f"The lowest loss for its TFLOPs: {', '.join(best)}."]
     losses = [run["curve"][-1][2] for run in runs]
     for kind in ("seen", "unseen"):
         r = rank_correlation(losses, [-run[kind]["all right"] for run in runs])
