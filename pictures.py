@@ -217,11 +217,11 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high:
         draw.text((place(tick / 4, low)[0] - 20, size - 44), f"{tick / 4:g}", INK, font)
     angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
     colours = hues(torch.stack([angle.cos(), angle.sin()], dim=1))
-    rows = list(enumerate(zip(curves.items(), colours, strict=True)))
-    for i, ((name, (x, y)), colour) in reversed(rows):  # wide ones first: equal curves show as rims
+    drawn = list(enumerate(zip(curves.values(), colours, strict=True)))
+    for i, ((x, y), colour) in reversed(drawn):  # wide ones first: equal curves show as rims
         points = zip(x.tolist(), y.clamp(low, high).tolist(), strict=True)
         draw.line([place(*point) for point in points], colour, 4 + i, joint="curve")
-    for i, ((name, _), colour) in rows:
+    for i, (name, colour) in enumerate(zip(curves, colours, strict=True)):
         at = left + 16 if low == 0 else size - 330, 96 + 34 * i
         draw.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)
     draw.text((72, 24), title, INK, ImageFont.load_default(32))
