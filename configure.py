@@ -133,16 +133,21 @@ def compose(flags: dict, name: str, objective: str | None, origin: dict, resume:
     return config
 
 
-def compared(spec: dict, known: dict | None, whose: str, resumed: bool) -> dict:
-    """The spec of the data, which must be that of the run that is resumed, or fit the network that
-    the run starts from. A released one takes any size, and its shape is kept."""
+def compared(spec: dict, known: dict | None, whose: str, kept: str) -> dict:
+    """The spec of the data, of which is kept: "all", the run's that is resumed; the "shape" of what
+    a teacher draws; the "kind" of network that a run starts from, whose classes and sizes may be
+    others. A released one takes any size, and its shape is kept."""
     known = known or spec
     if "released" in spec:
         spec = spec | {"released": known.get("released")}
-    keys = {"shape", "classes", "context", "pooled", "network"} - (
-        {"shape", "context"} if known.get("released") else set()
-    )
-    other = [key for key in spec if spec[key] != known.get(key) and (resumed or key in keys)]
+    channels = lambda spec: (spec.get("shape") or [None])[0]
+    keys = {"context", "pooled", "network"} | ({"shape", "classes"} if kept == "shape" else set())
+    if known.get("released"):
+        keys -= {"shape", "context"}
+    keys = spec.keys() if kept == "all" else keys & spec.keys()
+    other = [key for key in spec if key in keys and spec[key] != known.get(key)]
+    if kept == "kind" and channels(spec) != channels(known):
+        other.append("shape")
     if other:
         raise ValueError(f"these data are not those of {whose}: {', '.join(other)} differ")
     return spec

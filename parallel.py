@@ -113,7 +113,7 @@ def fill(layer: nn.Module, start: Callable[[], None]) -> None:
     """start() on the whole weights of one layer, of which each rank then keeps its share."""
     shares = {name: w for name, w in layer.named_parameters(recurse=False)}
     for name, w in shares.items():
-        layer._parameters[name] = nn.Parameter(w.full_tensor().cpu())
+        layer._parameters[name] = nn.Parameter(whole(w).cpu())
     if shares:
         start()
     for name, w in shares.items():
@@ -129,11 +129,12 @@ def share(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def whole(shared: Tensor) -> Tensor:
+    """The whole of a tensor, which all ranks ask for together."""
+    return shared.full_tensor() if isinstance(shared, DTensor) else shared
+
+
 def gathered(state: dict) -> dict:
     """A state dict with whole tensors, on the CPU of rank 0; the others lend their shares to it."""
-
-    def whole(shared: DTensor) -> Tensor | None:
-        tensor = shared.full_tensor()
-        return tensor.cpu() if ranks()[0] == 0 else None
-
-    return tree_map_only(DTensor, whole, state)
+    kept = lambda tensor: tensor.cpu() if ranks()[0] == 0 else None
+    return tree_map_only(DTensor, lambda shared: kept(whole(shared)), state)

@@ -35,8 +35,8 @@ from tqdm import tqdm
 import text
 from data import DATA, NOISE, Cifar10, Latents, seeded
 from mmdit import HEAD_DIM
-from options import Count, Recipe, command, misfit, names, pick, reading
-from parallel import share
+from options import Count, Recipe, command, misfit, names, pick, ranks, reading
+from parallel import share, whole
 from perflow import PeRFlow, plug, same_network
 from rf import SOLVERS, Field, formulation, guide
 from shapes import Shapes
@@ -210,6 +210,23 @@ def load_weights(network: nn.Module, state: dict, origin: str | File, assign=Fal
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{origin} holds the weights of another network: {reason[:200]}") from None
+
+
+def start_from(network: nn.Module, state: dict, origin: str | File) -> None:
+    """The weights that a new run begins with. Two differences are meant to be: a position table of
+    another size is the network's own, and so are the labels of other classes, but for the null one,
+    the last. All else is `load_weights`."""
+    own, state = network.state_dict(), dict(state)
+    tables = {f"{k}.weight" for k, m in network.named_modules() if isinstance(m, nn.Embedding)}
+    for key in own.keys() & state.keys():
+        known, shape = state[key], own[key].shape
+        if key.endswith("pos_embed") and shape[-1] == known.shape[-1]:
+            state[key] = own[key]
+        elif key in tables and shape != known.shape and shape[1:] == known.shape[1:]:
+            if ranks()[0] == 0:
+                print(f"{key}: {shape[0]} labels for {len(known)}, so all but null start anew")
+            state[key] = torch.cat([whole(own[key])[:-1].to(known), known[-1:]])
+    load_weights(network, state, origin)
 
 
 def load(path: str | File, device: str | torch.device = "cpu", network=None) -> Sampler:

@@ -372,7 +372,8 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     kind = DATASETS[config["dataset"]]
     data = kind(pick(kind.Options, config))
     whose = str(out) if checkpoint else config["teacher"] or given.get("init")
-    config["spec"] = compared(data.spec(), config["spec"], whose, bool(checkpoint))
+    kept = "all" if checkpoint else "shape" if config["teacher"] else "kind"
+    config["spec"] = compared(data.spec(), config["spec"], whose, kept)
     teacher = start if config["teacher"] else None
     torch.manual_seed(recipe.seed)
     join(device)
@@ -381,7 +382,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     network = shard() if given.get("shard") else build().to(device)
     if start:
         origin = config["teacher"] or given["init"]
-        sample.load_weights(network, start.network.state_dict(), origin)
+        sample.start_from(network, start.network.state_dict(), origin)
         if config["spec"].get("released") and data.null_cond:
             network.null_cond = start.network.null_cond = data.null_cond
     if teacher:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -26,7 +27,7 @@ import data
 import sample
 import toy2d
 import train
-from configure import configure
+from configure import compared, configure
 from data import DATA, NOISE, Data, Dataset, Latents, seeded
 from options import Recipe
 from perflow import PeRFlow
@@ -691,14 +692,88 @@ def test_a_start_may_have_other_data_of_the_same_shape_and_not_another_network(
     args = ["--init", checkpoint, "--conditional", "--steps", 1, "--batch-size", 32]
     done = in_process(train.main, [*args, "--network", "mmdit"], tmp_path, monkeypatch, capsys)
     assert_one_line(done, "these data are not those of", "network differ")
-    run = in_process(train.main, [*args, "--mixture", "grid"], tmp_path, monkeypatch, capsys)
-    assert_one_line(run, "classes differ")  # 8 modes and 16
+    distil = ["--perflow", checkpoint, "--mixture", "grid"]
+    run = in_process(train.main, distil, tmp_path, monkeypatch, capsys)
+    assert_one_line(run, "--mixture grid differs from")
     turned = toy2d.load_mixture("ring").spec()
     turned["means"] = [[-y, x + 0.1] for x, y in turned["means"]]
     (tmp_path / "turned.json").write_text(json.dumps(turned))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--mixture", "turned.json"])
     train.main()
     assert sample.load(tmp_path / "runs/toy2d/checkpoint.pt").config["mixture"] == turned
+
+
+def test_fine_tuning_starts_at_the_teachers_loss(tmp_path, monkeypatch, capsys, own_process):
+    """From an MM-DiT of a ring, on the ring turned by 5 degrees and on one of other classes."""
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
+    start, tuned, grid = tmp_path / "start", tmp_path / "tuned", tmp_path / "grid"
+    ring = toy2d.load_mixture("ring").spec()
+    c, s = math.cos(math.radians(5)), math.sin(math.radians(5))
+    ring["means"] = [[c * x - s * y, s * x + c * y] for x, y in ring["means"]]
+    (tmp_path / "tilted.json").write_text(json.dumps(ring))
+    small = ["--batch-size", 64, "--lr", 2e-3]
+    how = ["--network", "mmdit", "--conditional", "--depth", 1]
+    monkeypatch.chdir(tmp_path)
+    for flags in (
+        ["--dataset", "toy2d", *how, "--steps", 200, "--out", start],
+        ["--init", start / "checkpoint.pt", *how, "--mixture", "tilted.json", "--steps", 1,
+         "--out", tuned, "--lr", 1e-30],
+        ["--init", start / "checkpoint.pt", *how, "--mixture", "grid", "--steps", 1,
+         "--out", grid, "--lr", 1e-30],
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, small + flags)])
+        train.main()
+    said = capsys.readouterr().out
+    assert "context.weight: 26 labels for 9, so all but null start anew" in said
+    last = lambda out: json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+    noise = 2.0  # E|eps - x0|^2 a dimension, the loss of a network that says 0
+    assert last(start) < 0.8 * noise and last(tuned) == pytest.approx(last(start), rel=0.1)
+    old = sample.read(start / "checkpoint.pt")["ema"]
+    new = sample.read(grid / "checkpoint.pt")["network"]
+    for key, w in new.items():
+        if key in ("context.weight", "pooled.weight"):
+            assert len(w) == 26 and torch.allclose(w[-1], old[key][-1], atol=1e-6)
+            assert not torch.allclose(w[:8], old[key][:8], atol=1e-2)
+        else:
+            torch.testing.assert_close(w, old[key], rtol=0, atol=1e-6)
+
+
+def test_weights_start_on_another_size():
+    """A position table of another length is the network's own; another width is not the network."""
+    torch.manual_seed(0)
+    build = lambda size, depth=1: Dataset.network(
+        dict(shape=[4, size, size], classes=2, context=None, pooled=None), Recipe(depth=depth)
+    )
+    small, large = build(8), build(16)
+    table = large.mmdit.pos_embed.clone()
+    sample.start_from(large, small.state_dict(), "the small one")
+    assert torch.equal(large.mmdit.pos_embed, table)
+    assert torch.equal(large.mmdit.x_embedder.proj.weight, small.mmdit.x_embedder.proj.weight)
+    with pytest.raises(ValueError, match="the small one holds the weights of another network"):
+        sample.start_from(build(8, depth=2), small.state_dict(), "the small one")
+    with pytest.raises(ValueError, match="the large one holds the weights of another network"):
+        sample.load_weights(small, large.state_dict(), "the large one")
+
+
+@pytest.mark.parametrize(
+    "kept, spec, fault",
+    [
+        ("kind", dict(shape=[4, 16, 16], classes=7), None),
+        ("kind", dict(shape=[3, 8, 8]), "shape"),
+        ("kind", dict(context=[8, 24]), "context"),
+        ("shape", dict(classes=7), "classes"),
+        ("shape", dict(shape=[4, 16, 16]), "shape"),
+        ("shape", dict(names=["a"]), None),
+        ("all", dict(names=["a"]), "names"),
+    ],
+)
+def test_what_a_start_keeps(kept, spec, fault):
+    known = dict(shape=[4, 8, 8], classes=3, context=None, pooled=None, names=None, released=None)
+    if fault:
+        with pytest.raises(ValueError, match=f"these data are not those of x: {fault} differ"):
+            compared(known | spec, known, "x", kept)
+    else:
+        assert compared(known | spec, known, "x", kept) == known | spec
 
 
 def test_training_flops_are_counted_in_the_loop():
