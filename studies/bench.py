@@ -1,6 +1,7 @@
 """How fast the code is: the toy's step against a bare loop, MM-DiT's against a large matmul.
 
     python -m studies.bench --depth 12 --precision bf16 --compile --batch-size 64
+    python -m studies.bench --plan --depth 38 --size 1024 --gpus 8 --precision bf16
 
 The toy's loops take turns, so that a busy moment hits all; the table has medians of the rounds."""
 
@@ -19,6 +20,7 @@ from mmdit import MMDiT
 from options import Count, Recipe, command
 from rf import formulation
 from sample import autocast, check_device
+from studies.plan import PAPER, planned
 from train import State, batches, train, training_flops
 
 
@@ -77,7 +79,17 @@ def run(
     precision: Annotated[Literal["fp32", "bf16"], "of MM-DiT"] = "fp32",
     compile: Annotated[bool, "torch.compile the network"] = False,
     device: Annotated[str | None, "cpu, cuda, ..."] = None,
+    plan: Annotated[bool, "no clock: what the paper's depths and --depth need, on paper"] = False,
+    size: Annotated[Count, "of the pictures, for --plan", 64, 8192] = 1024,
+    gpus: Annotated[Count, "for --plan", 1, 10_000] = 8,
 ) -> None:
+    if plan:
+        depths = sorted({*PAPER, depth})
+        print(
+            f"{size} x {size} pixels, {batch_size} of them on each of {gpus} GPUs, {precision}:\n"
+        )
+        print(planned(depths, size, batch_size, gpus, precision))
+        return
     threads, device = torch.get_num_threads(), check_device(device)
     bench_toy(rounds)
     torch.set_num_threads(threads)

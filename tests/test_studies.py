@@ -10,15 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from test_train import assert_one_line, in_process
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 import sample
 import toy2d
 from mmdit import MMDiT, attend, modulate
-from options import command
+from options import Recipe, command
 from rf import STUDY, formulation
 from shapes import Shapes
-from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
+from studies import architectures, bench, delta, exact, figures, plan, rank, runs, scaling
 from toy2d import load_mixture
+from train import State, train
 
 
 def test_ranks_share_ties():
@@ -320,3 +323,60 @@ def test_one_real_run_of_an_architecture(monkeypatch):
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)
     assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 <= run["seen"]["all right"] <= 1
     json.dumps(run)
+
+
+# ---- the plan: what a depth needs, on paper
+
+
+def allocated(call):
+    """Bytes that are there after call() and were not before, by PyTorch's own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        kept = call()
+    return sum(event.self_cpu_memory_usage for event in told.key_averages()), kept
+
+
+def test_the_plan_is_what_torch_allocates():
+    """Of a small network in float32: after the forward pass, with and without checkpointing, and
+    after a step of training."""
+    torch.manual_seed(0)
+    network = MMDiT(3, qk_norm=True, pos_embed_max_size=16, context_dim=64, pooled_dim=32)
+    draw = lambda: (torch.randn(4, 16, 32, 32), torch.rand(4), torch.randn(4, 20, 64))
+    inputs = *draw(), torch.randn(4, 32)
+    whole, checkpointed = plan.activations(network, "fp32", *inputs)
+    with FakeTensorMode():
+        fake = MMDiT(3, qk_norm=True, pos_embed_max_size=16, context_dim=64, pooled_dim=32)
+        said = plan.activations(fake, "fp32", *draw(), torch.empty(4, 32))
+    assert said == (whole, checkpointed)
+    real, _ = allocated(lambda: network(*inputs))
+    assert whole == pytest.approx(real, rel=0.02)
+    streams = torch.randn(4, 20, 192), torch.randn(4, 256, 192)
+    c, block = torch.randn(4, 192), network.joint_blocks[0]
+    for x in (c, *streams):
+        x.requires_grad_()
+    one, _ = allocated(lambda: block(c, *streams))
+    network.checkpointing = True
+    real, _ = allocated(lambda: network(*inputs))
+    assert checkpointed == pytest.approx(real + one, rel=0.05) and checkpointed < 0.6 * whole
+
+
+def test_the_plan_counts_weights_gradients_moments_and_average():
+    network = MMDiT(2, pos_embed_max_size=4, context_dim=64, pooled_dim=32)
+    P = sum(w.numel() for w in network.parameters())
+    recipe = Recipe(steps=1, batch_size=1)
+    rows = [torch.randn(1, 16, 4, 4), torch.rand(1), torch.randn(1, 16, 4, 4)]
+    rows += [torch.randn(1, 8, 64), torch.randn(1, 32)]
+
+    def step():
+        state = State(network, recipe)
+        train(state, formulation("rf"), iter([[rows]]), recipe)
+        return state
+
+    real, _ = allocated(step)
+    assert real == pytest.approx(16 * P, rel=0.03)  # beside the weights themselves
+    text = plan.planned([1, 2], 256, 3, 4, "bf16").splitlines()
+    one, two = (line.strip("| ").split(" | ") for line in text[2:])
+    P = sum(w.numel() for w in MMDiT(2, qk_norm=True, pos_embed_max_size=64).parameters())
+    assert two[1] == f"{P / 1e9:.3g}B"
+    number = lambda cell: float(cell.split()[0])
+    assert number(two[6]) == pytest.approx(22 * P / 1e9 + number(two[4]), rel=0.01)
+    assert number(two[7]) < number(two[6]) and number(one[2]) < number(two[2])
