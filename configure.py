@@ -140,13 +140,10 @@ def compared(spec: dict, known: dict | None, whose: str, kept: str) -> dict:
     known = known or spec
     if "released" in spec:
         spec = spec | {"released": known.get("released")}
-    channels = lambda spec: (spec.get("shape") or [None])[0]
     keys = {"context", "pooled", "network"} | ({"shape", "classes"} if kept == "shape" else set())
-    if known.get("released"):
-        keys -= {"shape", "context"}
-    keys = spec.keys() if kept == "all" else keys & spec.keys()
-    other = [key for key in spec if key in keys and spec[key] != known.get(key)]
-    if kept == "kind" and channels(spec) != channels(known):
+    keys -= {"shape", "context"} if known.get("released") else set()
+    other = [key for key in spec if spec[key] != known.get(key) and (kept == "all" or key in keys)]
+    if kept == "kind" and not known.get("released") and spec["shape"][0] != known["shape"][0]:
         other.append("shape")
     if other:
         raise ValueError(f"these data are not those of {whose}: {', '.join(other)} differ")

@@ -21,7 +21,7 @@ import math
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
@@ -42,6 +42,7 @@ from tqdm import tqdm
 import text as text_encoders
 from mmdit import ClassMMDiT, MMDiT
 from options import Count, Parser, misfit, pick, ranks, reading
+from parallel import join, leave, meet
 from pictures import draw_sheet, to_uint8
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
@@ -631,34 +632,50 @@ def listed(images: File, captioned: bool) -> tuple[list[File], list[str]]:
 
 
 @contextlib.contextmanager
-def growing(out: File, shapes: dict[str, tuple], n: int, batch: int):
-    """(rows that are there, append): float16 arrays (n, *shape) that grow together, a batch at a
-    time, as NAME.npy.part, and get their names when all are whole."""
+def growing(out: File, shapes: dict[str, tuple], n: int):
+    """(which rows are there, write(i, arrays)): float16 arrays (n, *shape) as NAME.npy.part, which
+    several processes fill together. rows.part has a byte for each row that is whole in all."""
     with contextlib.ExitStack() as stack:
-        files, there = [], []
+
+        def part(name: str):
+            (out / f"{name}.part").touch()
+            return stack.enter_context((out / f"{name}.part").open("r+b"))
+
+        files, there = [], n
         for name, shape in shapes.items():
-            (out / f"{name}.npy.part").touch()
-            file = stack.enter_context((out / f"{name}.npy.part").open("r+b"))
+            file, row = part(f"{name}.npy"), 2 * math.prod(shape)
             layout = {"descr": "<f2", "fortran_order": False, "shape": (n, *shape)}
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, layout)
-            files.append((file, file.tell(), 2 * math.prod(shape)))
-            there.append(max(0, size - file.tell()) // files[-1][2])
-        done = min(there) // batch * batch
-        for file, start, row in files:
-            file.truncate(file.seek(start + done * row))
+            file.flush()
+            files.append((file, file.tell(), row))
+            there = min(there, max(0, size - file.tell()) // row)
+        record = part("rows")
 
-        def append(arrays: Sequence[Tensor]) -> None:
-            for array, (file, *_) in zip(arrays, files, strict=True):
+        def write(i: int, arrays: Sequence[Tensor]) -> None:
+            for array, (file, start, row) in zip(arrays, files, strict=True):
+                file.seek(start + i * row)
                 file.write(array.half().cpu().numpy().tobytes())
                 file.flush()
+            record.seek(i)
+            record.write(b"\1" * len(arrays[0]))
+            record.flush()
 
-        yield done, append
+        known = record.read().ljust(n, b"\0")[:there]
+        yield np.frombuffer(known.ljust(n, b"\0"), np.uint8) == 1, write
         for file, *_ in files:
             os.fsync(file.fileno())
-    for name in reversed(shapes):  # the first one last: with it all are whole
+
+
+def finish(out: File, names: Iterable[str], n: int) -> None:
+    """Give the arrays their names. ValueError where a row is missing."""
+    there = (out / "rows.part").read_bytes().count(1)
+    if there < n:
+        raise ValueError(f"{out} has {there} of {n} rows: a rank ended early; run it again")
+    for name in reversed([*names]):  # the first one last: with it all are whole
         (out / f"{name}.npy.part").replace(out / f"{name}.npy")
+    (out / "rows.part").unlink()
 
 
 def begin(out: File, meta: dict, known: dict[str, Tensor] | np.ndarray) -> None:
@@ -678,6 +695,15 @@ def begin(out: File, meta: dict, known: dict[str, Tensor] | np.ndarray) -> None:
             raise ValueError("it is of other images, --size, --vae or --text; take another --out")
 
 
+def latents_of(model, images: np.ndarray, meta: dict, bf16: bool) -> Tensor:
+    """uint8 (B,3,H,W) -> the mean of the VAE's posterior, scaled as the network sees it."""
+    device = model.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        x = Cifar10.prepare(torch.from_numpy(images).to(model.device))
+        z = model.encode(x).latent_dist.mean.float()
+    return (z - meta["shift"]) * meta["scaling"]
+
+
 @torch.no_grad()
 def encode(
     *,
@@ -692,13 +718,16 @@ def encode(
     batch_size: Annotated[Count, "images at once"] = 16,
     device: Annotated[str | None, "cpu, cuda, cuda:1 (default: cuda if there)"] = None,
 ) -> None:
-    """Images -> a folder for `Latents`; stopped, it goes on with the same call.
+    """Images -> a folder for `Latents`; stopped, it goes on with the same call. The ranks
+    of torchrun take turns, and the next pictures are read while the VAE works, in bf16 on a GPU.
     Latents are the mean of the VAE's posterior (the paper is silent; a sample would not resume to
     the same file)."""
     if not (vae or text):
         raise ValueError("encode needs --vae, or --text of a folder that has one")
-    device, vae = device or ("cuda" if torch.cuda.is_available() else "cpu"), vae or f"{text}/vae"
-    model, out = load_vae(vae, device), File(out)
+    (rank, world), vae, out = ranks(), vae or f"{text}/vae", File(out)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = device or own
+    model = load_vae(vae, device)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if size % factor:
         raise ValueError(f"--size {size} is not a multiple of {factor}, the VAE's patch")
@@ -718,20 +747,33 @@ def encode(
     else:
         meta["classes"] = classes.tolist()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(out))
-        begin(out, meta, empty if text else labels)
+        join(torch.device("cpu"))
+        if rank == 0:
+            stack.enter_context(locked(out))
+            begin(out, meta, empty if text else labels)
+        meet()
         threads = stack.enter_context(ThreadPoolExecutor(8))
-        done, append = stack.enter_context(growing(out, shapes, len(files), batch_size))
-        for i in tqdm(range(done, len(files), batch_size), desc=str(out), unit="batch"):
-            rows = slice(i, i + batch_size)
+        done, write = stack.enter_context(growing(out, shapes, len(files)))
+        starts = [*range(0, len(files), batch_size)][rank::world]
+        todo = [i for i in starts if not done[i : i + batch_size].all()]
+        ahead = lambda i: [threads.submit(load_image, f, size) for f in files[i : i + batch_size]]
+        following = [*todo, len(files)]
+        coming = ahead(following[0])
+        bar = tqdm(todo, str(out), len(starts), initial=len(starts) - len(todo), unit="batch")
+        for k, i in enumerate(bar):
+            pictures, coming = coming, ahead(following[k + 1])
             try:
-                x = np.stack([*threads.map(lambda file: load_image(file, size), files[rows])])
+                x = np.stack([picture.result() for picture in pictures])
             except Exception:
                 bad = [*filter(None, threads.map(lambda file: fault(file, size), files[i:]))]
                 what = f"{len(bad)} pictures cannot be read; replace them to go on"
                 raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
-            z = model.encode(Cifar10.prepare(torch.from_numpy(x).to(device))).latent_dist.mean
-            append([(z - meta["shift"]) * meta["scaling"], *(encoder(told[rows]) if text else ())])
+            z = latents_of(model, x, meta, bf16=model.device.type == "cuda")
+            texts = encoder(told[i : i + batch_size]) if text else ()
+            write(i, [z, *texts])
+    meet()
+    if rank == 0:
+        finish(out, shapes, len(files))
 
 
 @torch.no_grad()
@@ -755,6 +797,7 @@ def main() -> None:
     del given["task"]
     with parser.one_line_errors():
         encode(**given)
+    leave()
 
 
 if __name__ == "__main__":

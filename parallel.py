@@ -23,7 +23,7 @@ from options import ranks
 
 
 def join(device: torch.device) -> None:
-    """Meet the other ranks, if there are any."""
+    """Make a group with the other ranks, if there are any."""
     torch.backends.cuda.matmul.allow_tf32 = True
     if ranks()[1] == 1:
         return
@@ -32,6 +32,17 @@ def join(device: torch.device) -> None:
     # an hour, as the others wait while rank 0 evaluates, draws and saves
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
+
+
+def meet() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def replicated(model: nn.Module) -> nn.Module:

@@ -47,7 +47,7 @@ import sample
 from configure import compared, configure, make_parser
 from data import HELD_OUT, NOISE, seeded
 from options import Recipe, pick, ranks, reading
-from parallel import add_up, gathered, is_sharded, join, replicated, sharded, share
+from parallel import add_up, gathered, is_sharded, join, leave, replicated, sharded, share
 from rf import Field, squared_error
 from sample import DATASETS, Sampler, autocast
 
@@ -357,8 +357,7 @@ def main() -> None:
         outcome = launch(given, held)
     # After `launch`, whose DDP must be gone: the last owner of the group waits for its threads, and
     # DDP's destructor, unlike the group's own, would do so holding the lock that they wait for.
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     if outcome:
         sys.exit(outcome)
 

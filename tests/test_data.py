@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -464,6 +465,65 @@ def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
         assert (tmp_path / "stopped" / name).read_bytes() == (
             tmp_path / "whole" / name
         ).read_bytes()
+
+
+def test_ranks_encode_into_one_file(tmp_path, monkeypatch, encode):
+    """Two ranks, of which one is stopped; then three go on: the bytes of one process."""
+    encode(out=tmp_path / "whole")
+    load, calls, out = data.load_image, [], tmp_path / "shared"
+
+    def rank(rank, world, stop=""):
+        def watched(path, size):
+            calls.append(path.name)
+            if path.name == stop:
+                raise KeyboardInterrupt
+            return load(path, size)
+
+        monkeypatch.setattr(data, "load_image", watched)
+        monkeypatch.setattr(data, "ranks", lambda: (rank, world))
+        encode(out=out)
+
+    with pytest.raises(ValueError, match=r"shared has 6 of 10 rows: a rank ended early"):
+        rank(0, 2)  # batches 0 and 2
+    with pytest.raises(KeyboardInterrupt):
+        rank(1, 2, stop="9.JPEG")  # batches 1 and 3, of which the second fails
+    calls.clear()
+    rank(1, 3), rank(2, 3)
+    assert calls == []  # batches 1 and 2 are there
+    rank(0, 3)  # batches 0 and 3
+    assert calls == ["9.JPEG"]
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not [*out.glob("*.part")]
+
+
+def test_the_next_pictures_are_read_while_the_vae_works(tmp_path, monkeypatch, encode):
+    told, load, encoded = [], data.load_image, data.latents_of
+    started = threading.Event()
+
+    def watched(path, size):
+        told.append(path.name)
+        if path.stem == "6":  # of the second batch
+            started.set()
+        return load(path, size)
+
+    def working(*args, **how):
+        assert started.wait(10)  # else the second batch waits for the first
+        return encoded(*args, **how)
+
+    monkeypatch.setattr(data, "load_image", watched)
+    monkeypatch.setattr(data, "latents_of", working)
+    encode(out=tmp_path / "out")
+    assert len(told) == 10
+
+
+def test_latents_in_bf16_are_those_of_float32(vae):
+    model, draw = data.load_vae(vae, "cpu"), np.random.default_rng(0)
+    images, meta = draw.integers(0, 256, (4, 3, 32, 32), np.uint8), {"shift": 0.25, "scaling": 1.5}
+    with torch.no_grad():
+        exact, half = (data.latents_of(model, images, meta, bf16) for bf16 in (False, True))
+    assert half.dtype == exact.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half - exact).square().mean().sqrt() < 0.02 * exact.std()
 
 
 def test_bad_input_of_encode_and_decode(tree, vae, tmp_path, encode):

@@ -26,14 +26,14 @@ def checkpointed(self, *args, **how):
     start(self, *args, **how)
     self.checkpointing = True
 mmdit.MMDiT.__init__ = checkpointed
-join, leave = train.join, train.dist.destroy_process_group  # one group for all runs
+join, leave = train.join, train.leave  # one group for all runs
 train.join = lambda device: train.dist.is_initialized() or join(device)
-train.dist.destroy_process_group = lambda: None
+train.leave = lambda: None
 for more, run in itertools.groupby(sys.argv[1:], lambda arg: arg != "then"):
     if more:
         sys.argv = ["train.py", *run]
         train.main()
-train.dist.is_initialized() and leave()
+leave()
 """
 
 
