@@ -220,9 +220,11 @@ def start_from(network: nn.Module, state: dict, origin: str | File) -> None:
     tables = {f"{k}.weight" for k, m in network.named_modules() if isinstance(m, nn.Embedding)}
     for key in own.keys() & state.keys():
         known, shape = state[key], own[key].shape
+        if shape == known.shape:
+            continue
         if key.endswith("pos_embed") and shape[-1] == known.shape[-1]:
             state[key] = own[key]
-        elif key in tables and shape != known.shape and shape[1:] == known.shape[1:]:
+        elif key in tables and shape[1:] == known.shape[1:]:
             if ranks()[0] == 0:
                 print(f"{key}: {shape[0]} labels for {len(known)}, so all but null start anew")
             state[key] = torch.cat([whole(own[key])[:-1].to(known), known[-1:]])
