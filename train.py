@@ -374,16 +374,9 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     kept = "all" if checkpoint else "shape" if config["teacher"] else "kind"
     config["spec"] = compared(data.spec(), config["spec"], whose, kept)
     teacher = start if config["teacher"] else None
-    torch.manual_seed(recipe.seed)
-    join(device)
-    build = lambda: kind.network(config["spec"], recipe)
-    shard = partial(sharded, build, device, recipe.precision == "bf16")
-    network = shard() if given.get("shard") else build().to(device)
-    if start:
-        origin = config["teacher"] or given["init"]
-        sample.start_from(network, start.network.state_dict(), origin)
-        if config["spec"].get("released") and data.null_cond:
-            network.null_cond = start.network.null_cond = data.null_cond
+    empty = data.null_cond if start and config["spec"].get("released") else None
+    if empty:  # the encoding of no text
+        start.network.null_cond = empty
     if teacher:
         teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
         if config.get("teacher_cfg", 1.0) != 1:
@@ -393,6 +386,15 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     if recipe.batch_size % parts:
         of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
         raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
+    join(device)
+    torch.manual_seed(recipe.seed)
+    build = lambda: kind.network(config["spec"], recipe)
+    shard = partial(sharded, build, device, recipe.precision == "bf16")
+    network = shard() if given.get("shard") else build().to(device)
+    if start:
+        sample.start_from(network, start.network.state_dict(), whose)
+    if empty:
+        network.null_cond = empty
     del start  # a teacher stays
     state = State(network, recipe, shard(network) if given.get("shard") else None)
     if checkpoint:

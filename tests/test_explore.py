@@ -18,7 +18,8 @@ import rf
 from toy2d import GaussianMixture, load_mixture
 
 PAGE = Path(__file__).parents[1] / "explore.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
 FLAGS += "--disable-background-networking --disable-component-update --disable-sync "
 FLAGS += "--remote-debugging-pipe --window-size=1100,1100"
