@@ -42,7 +42,7 @@ from tqdm import tqdm
 import text as text_encoders
 from mmdit import ClassMMDiT, MMDiT
 from options import Count, Parser, misfit, pick, ranks, reading
-from parallel import join, leave, meet
+from parallel import check_device, join, leave, meet
 from pictures import draw_sheet, to_uint8
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
@@ -662,8 +662,9 @@ def growing(out: File, shapes: dict[str, tuple], n: int):
             record.write(b"\1" * len(arrays[0]))
             record.flush()
 
-        known = record.read().ljust(n, b"\0")[:there]
-        yield np.frombuffer(known.ljust(n, b"\0"), np.uint8) == 1, write
+        done, known = np.zeros(n, bool), np.frombuffer(record.read()[:there], np.uint8)
+        done[: len(known)] = known == 1
+        yield done, write
         for file, *_ in files:
             os.fsync(file.fileno())
 
@@ -695,11 +696,10 @@ def begin(out: File, meta: dict, known: dict[str, Tensor] | np.ndarray) -> None:
             raise ValueError("it is of other images, --size, --vae or --text; take another --out")
 
 
-def latents_of(model, images: np.ndarray, meta: dict, bf16: bool) -> Tensor:
+def latents_of(model, images: np.ndarray, meta: dict, device: torch.device, bf16: bool) -> Tensor:
     """uint8 (B,3,H,W) -> the mean of the VAE's posterior, scaled as the network sees it."""
-    device = model.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=bf16):
-        x = Cifar10.prepare(torch.from_numpy(images).to(model.device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        x = Cifar10.prepare(torch.from_numpy(images).to(device))
         z = model.encode(x).latent_dist.mean.float()
     return (z - meta["shift"]) * meta["scaling"]
 
@@ -725,8 +725,7 @@ def encode(
     if not (vae or text):
         raise ValueError("encode needs --vae, or --text of a folder that has one")
     (rank, world), vae, out = ranks(), vae or f"{text}/vae", File(out)
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = device or own
+    device = device or str(check_device())
     model = load_vae(vae, device)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if size % factor:
@@ -752,12 +751,13 @@ def encode(
             stack.enter_context(locked(out))
             begin(out, meta, empty if text else labels)
         meet()
-        threads = stack.enter_context(ThreadPoolExecutor(8))
-        done, write = stack.enter_context(growing(out, shapes, len(files)))
+        work = stack.enter_context(contextlib.ExitStack())  # ends before the lock does
+        threads = work.enter_context(ThreadPoolExecutor(8))
+        done, write = work.enter_context(growing(out, shapes, len(files)))
         starts = [*range(0, len(files), batch_size)][rank::world]
         todo = [i for i in starts if not done[i : i + batch_size].all()]
         ahead = lambda i: [threads.submit(load_image, f, size) for f in files[i : i + batch_size]]
-        following = [*todo, len(files)]
+        following, where = [*todo, len(files)], torch.device(device)
         coming = ahead(following[0])
         bar = tqdm(todo, str(out), len(starts), initial=len(starts) - len(todo), unit="batch")
         for k, i in enumerate(bar):
@@ -768,12 +768,13 @@ def encode(
                 bad = [*filter(None, threads.map(lambda file: fault(file, size), files[i:]))]
                 what = f"{len(bad)} pictures cannot be read; replace them to go on"
                 raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
-            z = latents_of(model, x, meta, bf16=model.device.type == "cuda")
+            z = latents_of(model, x, meta, where, bf16=where.type == "cuda")
             texts = encoder(told[i : i + batch_size]) if text else ()
             write(i, [z, *texts])
-    meet()
-    if rank == 0:
-        finish(out, shapes, len(files))
+        work.close()
+        meet()
+        if rank == 0:
+            finish(out, shapes, len(files))
 
 
 @torch.no_grad()

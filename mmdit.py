@@ -194,9 +194,9 @@ class MMDiT(nn.Module):
 
     def _initialize(self) -> None:
         for name, layer in self.named_modules():
-            self.initialize(name, layer)
+            self.initialize_layer(name, layer)
 
-    def initialize(self, name: str, layer: nn.Module) -> None:
+    def initialize_layer(self, name: str, layer: nn.Module) -> None:
         """The start of one of its layers. adaLN-zero: every modulation and the output are zero, so
         each block is the identity. The rest is DiT's, as SD3 is silent. Each weight is set once:
         nothing undoes the zeros."""

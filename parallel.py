@@ -5,6 +5,7 @@ all weights, gradients, moments and averages (FSDP2), and a block's weights come
 it computes. Both learn the same from the same draws and leave the same checkpoint."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,6 +21,22 @@ from torch.utils._pytree import tree_map_only
 
 from mmdit import JointBlock, MMDiT
 from options import ranks
+
+
+def check_device(name: str | torch.device | None = None) -> torch.device:
+    """The device, or by default a GPU where there is one; each rank of torchrun has its own.
+    ValueError where it is not there."""
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device).item()  # meta has no values
+    except Exception as error:  # of many kinds: hpu lacks a module
+        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        good = ", ".join(["cpu"] + [kind for kind, there in kinds.items() if there])
+        reason = str(error).partition("\n")[0][:80]
+        raise ValueError(f"device {name!r} is not there ({reason}); choose from {good}") from None
+    return device
 
 
 def join(device: torch.device) -> None:
@@ -117,16 +134,15 @@ def initialize(module: nn.Module) -> None:
         fill(module, module.reset_parameters)
     if isinstance(module, MMDiT):
         for name, layer in module.named_modules():
-            fill(layer, partial(module.initialize, name, layer))
+            fill(layer, partial(module.initialize_layer, name, layer))
 
 
 def fill(layer: nn.Module, start: Callable[[], None]) -> None:
     """start() on the whole weights of one layer, of which each rank then keeps its share."""
-    shares = {name: w for name, w in layer.named_parameters(recurse=False)}
+    shares = dict(layer.named_parameters(recurse=False))
     for name, w in shares.items():
         layer._parameters[name] = nn.Parameter(whole(w).cpu())
-    if shares:
-        start()
+    start()
     for name, w in shares.items():
         w.copy_(share(layer._parameters[name], w))
         layer._parameters[name] = w

@@ -36,7 +36,7 @@ import text
 from data import DATA, NOISE, Cifar10, Latents, seeded
 from mmdit import HEAD_DIM
 from options import Count, Recipe, command, misfit, names, pick, ranks, reading
-from parallel import share, whole
+from parallel import check_device, share, whole
 from perflow import PeRFlow, plug, same_network
 from rf import SOLVERS, Field, formulation, guide
 from shapes import Shapes
@@ -284,22 +284,6 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
     kept = {"objective", "teacher", "dropout"} | names(OBJECTIVES[student["objective"]].Options)
     config = own | {key: student[key] for key in kept}
     return replace(sampler, config=config, objective=objective_of(config), cfg=None)
-
-
-def check_device(name: str | torch.device | None = None) -> torch.device:
-    """The device, or by default a GPU where there is one; each rank of torchrun has its own.
-    ValueError where it is not there."""
-    if torch.cuda.is_available() and name in (None, "cuda"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device).item()  # meta has no values
-    except Exception as error:  # of many kinds: hpu lacks a module
-        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        good = ", ".join(["cpu"] + [kind for kind, there in kinds.items() if there])
-        reason = str(error).partition("\n")[0][:80]
-        raise ValueError(f"device {name!r} is not there ({reason}); choose from {good}") from None
-    return device
 
 
 # ---- The command

@@ -8,6 +8,7 @@ scanned on the first seed, five a method; the best of them meets the other seeds
 many evaluations as its sampler can use: what it cannot do in so few is left out. On shapes each
 method is trained once, and the exact reader says how often its students are right."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
 from shapes import Shapes
 from studies.delta import learned
-from studies.rivals import COUNTS, METHODS, flow, multistep
+from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
 from studies.runs import markdown, run_missing, shown
 from toy2d import Toy, load_mixture, yardsticks
 
@@ -133,10 +134,9 @@ def shapes_table(runs: list[dict]) -> str:
 
 
 # ---- The tables and the picture
-def energy(run: dict, n: int | None = None) -> float:
-    """In n evaluations, by default in its fewest."""
-    scores = run["scores"]
-    found = scores[str(n) if n else next(iter(scores))]["energy"]
+def energy(run: dict) -> float:
+    """In its fewest evaluations."""
+    found = next(iter(run["scores"].values()))["energy"]
     return found if math.isfinite(found) else math.inf
 
 
@@ -149,29 +149,16 @@ def cells(scores: Sequence[dict]) -> list[str]:
 
 
 def table(bases: list[dict], runs: list[dict]) -> str:
-    heads = [
-        "method",
-        *map(str, COUNTS),
-        "outliers in 1",
-        "in 4",
-        "lr",
-        "seconds",
-        "pairs",
-        "holds",
-    ]
-    rows = [heads]
+    heads = "outliers in 1", "in 4", "lr", "seconds", "pairs", "holds"
+    rows = [["method", *map(str, COUNTS), *heads]]
     for name in UNTRAINED:
-        rows.append([name, *cells([run["scores"][name] for run in bases]), *"–––", "–"])
-    pairs = runs[0]["steps"] * 1024 * 3 // 64
+        rows.append([name, *cells([run["scores"][name] for run in bases]), *"––––"])
+    pairs = f"{pair_count(runs[0]['steps'], Toy.distil['batch_size']):,}"
     for name, method in METHODS.items():
         own = [run for run in runs if run["job"][1] == name]
         spent = min(run["seconds"] for run in own)  # of the run that was disturbed least
-        told = (
-            f"{own[0]['job'][2]:g}",
-            f"{spent:.0f}",
-            f"{pairs:,}" if method.pairs else "–",
-            method.holds,
-        )
+        kept, lr = pairs if method.pairs else "–", own[0]["job"][2]
+        told = f"{lr:g}", f"{spent:.0f}", kept, method.holds
         rows.append([name, *cells([run["scores"] for run in own]), *told])
     return markdown(*rows)
 
@@ -202,12 +189,9 @@ def compare(mixtures: Sequence[str], seeds: int, steps: int, out: File) -> None:
     rates = {name: [method.lr * factor for factor in FACTORS] for name, method in METHODS.items()}
     jobs = [(m, name, lr, 0) for m in mixtures for name in METHODS for lr in rates[name]]
     scan = make(jobs=jobs, work=work, keys=keys)
-    best = {}
-    for found in scan:
-        mixture, name, *_ = found["job"]
-        best.setdefault((mixture, name), found)
-        best[mixture, name] = min(best[mixture, name], found, key=energy)
-    jobs = [(*found["job"][:3], seed) for seed in range(seeds) for found in best.values()]
+    of = itertools.groupby(scan, key=lambda run: run["job"][:2])  # neighbours: one scan each
+    best = [min(own, key=energy)["job"][:3] for _, own in of]
+    jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
     runs = make(jobs=jobs, work=work, keys=keys)
     for mixture in mixtures:
         own = lambda runs, mixture=mixture: [run for run in runs if run["job"][0] == mixture]

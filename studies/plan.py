@@ -53,9 +53,10 @@ def activations(network: MMDiT, precision: str, *inputs: Tensor) -> tuple[int, i
     """Bytes that the network's forward pass leaves; and with activation checkpointing, which keeps
     what goes into each block, and all of one block while that is computed again."""
     weights = [*network.parameters(), *network.buffers()]
-    x, context = inputs[0].flatten(2)[0, 0].numel() // network.patch_size**2, inputs[2].shape[1]
-    streams = [torch.empty(len(inputs[0]), n, network.width) for n in (context, x)]
-    c = torch.empty(len(inputs[0]), network.width)
+    latent, _, context, _ = inputs
+    B, tokens = len(latent), latent[0, 0].numel() // network.patch_size**2
+    streams = [torch.empty(B, n, network.width) for n in (context.shape[1], tokens)]
+    c = torch.empty(B, network.width)
     for stream in (*streams, c):
         stream.requires_grad_()
     attend = mock.patch.object(mmdit, "attend", FusedAttention.apply)

@@ -220,6 +220,11 @@ def progressive(teacher: Sampler, data, recipe: Recipe, first: int = 64) -> Stud
     return {n: found[n] for n in COUNTS}
 
 
+def pair_count(steps: int, batch_size: int) -> int:
+    """What is left of two evaluations a row where half of the rows are judged: 32 make a pair."""
+    return steps * batch_size * 3 // 64
+
+
 def pairs_of(number: int, teacher: Sampler, data, recipe: Recipe) -> Rows:
     """(z, t = 1, target, *cond) of solves from noise to data, 32 evaluations each."""
     _, *cond = data.batch(recipe.seed, 0, number)
@@ -235,7 +240,7 @@ def matched(pairs: bool, weight: float, teacher: Sampler, data, recipe: Recipe) 
     """DMD. Where half of the rows are judged, each by one evaluation of the teacher, the rest of
     the budget is in the pairs."""
     torch.manual_seed(recipe.seed)
-    number = recipe.steps * recipe.batch_size * 3 // 64
+    number = pair_count(recipe.steps, recipe.batch_size)
     rows = pairs_of(number, teacher, data, recipe) if pairs else None
     critic = copy.deepcopy(teacher.network).requires_grad_(True)
     objective = DMD(flow(teacher), critic, recipe.lr, rows, weight)

@@ -63,7 +63,7 @@ def shown(values: Sequence[float], form: str) -> str:
     """Mean and standard error, which one run has not."""
     mean = toy2d.shown(np.mean(values), form)
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean if error is None else f"{mean} ± {error:{form}}"
+    return mean if error is None or not np.isfinite(error) else f"{mean} ± {error:{form}}"
 
 
 def markdown(*rows: Sequence[str]) -> str:
