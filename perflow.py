@@ -190,12 +190,14 @@ class PeRFlow:
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
         """(z, t, target, *cond) of reuse * B rows, with eps drawn.
         A solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i, ... share
-        one, so B rows one after the other never meet it twice."""
+        one, so B rows one after the other never meet it twice. A solve of far noise can run to
+        infinity, and one such row would end the training: the first good one takes its place."""
         t = self.draw(len(x0), generator).to(x0.device)
         ends = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
-        z_start, z_end, t_start, t_end, *cond = (
-            c.repeat(self.reuse, *[1] * (c.dim() - 1)) for c in (*ends, *self.window(t), *cond)
-        )
+        good = ends[1].square().flatten(1).isfinite().all(1)
+        i = torch.where(good, torch.arange(len(t), device=t.device), good.int().argmax())
+        i = i.repeat(self.reuse)
+        z_start, z_end, t_start, t_end, *cond = (c[i] for c in (*ends, *self.window(t), *cond))
         t = self._draw_in(t_start, t_end, generator)
         z, target = self._line(z_start, z_end, t)
         return z, t, target, *cond

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 import perflow
+from data import Dataset
 from options import Count, Recipe, command, pick
 from rf import formulation
-from sample import Sampler
+from sample import Sampler, start_from
 from studies.runs import markdown, run_missing, shown
 from toy2d import GaussianMixture, Toy, load_mixture, yardsticks
 from train import State, batches, train
@@ -41,11 +42,14 @@ def turned(mixture: GaussianMixture, degrees: float, shift: float) -> GaussianMi
     return GaussianMixture(means, turn @ mixture.covs @ turn.T, mixture.weights)
 
 
-def learned(start: Sampler | None, data: Toy, objective, recipe: Recipe) -> Sampler:
+def learned(start: Sampler | None, data: Dataset, objective, recipe: Recipe) -> Sampler:
     """A network trained on these data, from the weights of `start` or from none."""
     torch.manual_seed(recipe.seed)
-    network = copy.deepcopy(start.network) if start else Toy.network(data.spec(), recipe)
-    state = State(network.requires_grad_(True), recipe)
+    network = data.network(data.spec(), recipe)
+    if start:
+        start_from(network, start.network.state_dict(), "the start")
+    state = State(network, recipe)
+    torch.manual_seed(recipe.seed)  # of what a critic draws, whatever the network has drawn
     stream = batches(data, objective, recipe, network.null_cond)
     train(state, objective, stream, recipe)
     stream.close()

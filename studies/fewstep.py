@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sample
 import toy2d
-from options import Count, Recipe, command
+from options import Count, Recipe, command, pick
 from pictures import WARM, Canvas, hues, tile
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
@@ -112,8 +112,8 @@ def painted(job: tuple[str, str, float, int], steps: int, checkpoint: File) -> d
     torch.set_num_threads(1)
     _, name, lr, seed = job
     teacher, data = sample.load(checkpoint), Shapes(Shapes.Options())
-    recipe = data.recipe(Shapes.Options()) | data.distil
-    recipe = Recipe(**recipe | dict(lr=lr, steps=steps, seed=seed, dropout=0.0))
+    changes = data.distil | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
+    recipe = pick(Recipe, teacher.config | changes)
     start, students = time.perf_counter(), dict.fromkeys(COUNTS, teacher)
     if name in METHODS:
         students = METHODS[name].train(teacher, data, recipe)

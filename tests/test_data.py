@@ -4,16 +4,21 @@ import functools
 import hashlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -495,6 +500,53 @@ def test_ranks_encode_into_one_file(tmp_path, monkeypatch, encode):
     for name in ("latents.npy", "labels.npy", "meta.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not [*out.glob("*.part")]
+
+
+class Halved(torch.nn.Module):
+    """A VAE as far as `encode` asks: pictures of half the size. It needs no package."""
+
+    config = SimpleNamespace(
+        block_out_channels=[8, 8], latent_channels=3, scaling_factor=1.5, shift_factor=0.25
+    )
+
+    def encode(self, x):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=F.avg_pool2d(x, 2)))
+
+
+ENCODE = f"""
+import os, sys, time
+sys.path[:0] = {[str(Path(data.__file__).parent), str(Path(__file__).parent)]!r}
+import test_data, data
+data.load_vae = lambda *args: test_data.Halved()
+load, stay = data.load_image, lambda path: path.name == "9.JPEG" and time.sleep(600)
+data.load_image = lambda path, size: stay(path) or load(path, size)
+data.main()
+"""
+
+
+def test_a_killed_rank_ends_the_encoding_which_goes_on(tree, tmp_path, monkeypatch):
+    """Two ranks of torchrun, of which one is killed in its second batch; then one process."""
+    (tmp_path / "encode.py").write_text(ENCODE)
+    out, how = tmp_path / "out", dict(images=tree, vae="halved", size=32, batch_size=3)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, tmp_path / "encode.py", "encode", *flags, "--out", out, "--device=cpu"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = out / "rows.part"
+    while not rows.exists() or rows.read_bytes().count(1) < 9:
+        assert job.poll() is None
+        time.sleep(0.05)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0 and not (out / "latents.npy").exists()
+    load, calls = data.load_image, []
+    monkeypatch.setattr(data, "load_vae", lambda *args: Halved())
+    monkeypatch.setattr(data, "load_image", lambda p, s: (calls.append(p.name), load(p, s))[1])
+    data.encode(out=out, device="cpu", **how)
+    assert calls == ["9.JPEG"]
+    data.encode(out=tmp_path / "whole", device="cpu", **how)
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_next_pictures_are_read_while_the_vae_works(tmp_path, monkeypatch, encode):

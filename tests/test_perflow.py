@@ -303,6 +303,26 @@ def test_examples_reuse_each_solve_in_its_window():
     close(target, target2, 1e-5)
 
 
+@pytest.mark.parametrize("runs_to", [math.inf, 1e30])
+def test_a_solve_that_runs_to_infinity_gives_its_place_to_another(runs_to):
+    """With its t, target and condition, all of one row."""
+    x0 = examples(32)[0].float()
+    field, far = mixture().field(RF), lambda z: z[:, :1] > 1.5
+    perflow = PeRFlow(lambda z, t, row: field(z, t), RF, 2, reuse=2)
+    rows = perflow.examples(x0, torch.arange(32), generator=seeded())
+    perflow.teacher = lambda z, t, row: torch.where(far(z), runs_to, field(z, t))
+    left = perflow.examples(x0, torch.arange(32), generator=seeded())
+    own = left[3] == rows[3]
+    assert 20 < own.sum() < 64
+    for given, kept in zip(rows, left, strict=True):
+        assert kept.isfinite().all()
+        assert (kept[own] == given[own]).all()
+    first = left[3][~own].unique()
+    assert len(first) == 1 and own[first]  # the first good row stands in for all others
+    slopes = left[2][left[3] == first]
+    close(slopes, slopes[:1].expand_as(slopes))
+
+
 @pytest.mark.parametrize("gap", [0, 0.25])
 def test_loss(gap):
     """Zero for a student that knows the line (a point mass), the same from the same generator."""
