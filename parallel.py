@@ -14,10 +14,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from mmdit import JointBlock, MMDiT
 from options import ranks
@@ -80,8 +79,13 @@ def add_up(model: nn.Module, now: bool) -> None:
 
 
 # ---- A share of every weight on each rank
+def is_share(x: object) -> bool:
+    """Whether it is a DTensor, of a module that would take a third of a start to import."""
+    return hasattr(x, "full_tensor")
+
+
 def is_sharded(network: nn.Module) -> bool:
-    return isinstance(next(network.parameters(), None), DTensor)
+    return is_share(next(network.parameters(), None))
 
 
 @contextlib.contextmanager
@@ -150,18 +154,20 @@ def fill(layer: nn.Module, start: Callable[[], None]) -> None:
 
 def share(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's share of a whole tensor, split as the other is, without asking other ranks."""
-    if not isinstance(like, DTensor):
+    if not is_share(like):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     whole = whole.to(like.device, like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(shared: Tensor) -> Tensor:
     """The whole of a tensor, which all ranks ask for together."""
-    return shared.full_tensor() if isinstance(shared, DTensor) else shared
+    return shared.full_tensor() if is_share(shared) else shared
 
 
 def gathered(state: dict) -> dict:
     """A state dict with whole tensors, on the CPU of rank 0; the others lend their shares to it."""
     kept = lambda tensor: tensor.cpu() if ranks()[0] == 0 else None
-    return tree_map_only(DTensor, lambda shared: kept(whole(shared)), state)
+    return tree_map(lambda x: kept(whole(x)) if is_share(x) else x, state)

@@ -190,11 +190,11 @@ class PeRFlow:
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
         """(z, t, target, *cond) of reuse * B rows, with eps drawn.
         A solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i, ... share
-        one, so B rows one after the other never meet it twice. A solve of far noise can run to
-        infinity, and one such row would end the training: the first good one takes its place."""
+        one, so B rows one after the other never meet it twice. A solve of far noise can run away,
+        and one such row would end the training: the first good one takes its place."""
         t = self.draw(len(x0), generator).to(x0.device)
         ends = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
-        good = ends[1].square().flatten(1).isfinite().all(1)
+        good = arrived(*ends)
         i = torch.where(good, torch.arange(len(t), device=t.device), good.int().argmax())
         i = i.repeat(self.reuse)
         z_start, z_end, t_start, t_end, *cond = (c[i] for c in (*ends, *self.window(t), *cond))
@@ -267,6 +267,11 @@ class PeRFlow:
             raise ValueError(f"a step would cross the window's edge at t = {missing[0]:g}")
         z = self.path.b(self.edges[-1]) * noise
         return rf.solve(self.velocity(student), z, *cond, steps=steps, times=times)
+
+
+def arrived(z_start: Tensor, z_end: Tensor) -> Tensor:
+    """Which rows (B,) a solve has not carried away, by a thousand times the batch's scale."""
+    return (z_end.abs() < 1000 * z_start.abs().max()).flatten(1).all(1)
 
 
 # ---- Plug and play: Delta W = W_PeRFlow - W_teacher, for models fine-tuned from the same teacher

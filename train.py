@@ -37,7 +37,6 @@ from pathlib import Path as File
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -47,7 +46,7 @@ import sample
 from configure import compared, configure, make_parser
 from data import HELD_OUT, NOISE, seeded
 from options import Recipe, pick, ranks, reading
-from parallel import add_up, gathered, is_sharded, join, leave, replicated, sharded, share
+from parallel import add_up, gathered, is_sharded, is_share, join, leave, replicated, sharded, share
 from rf import Field, squared_error
 from sample import DATASETS, Sampler, autocast
 
@@ -128,7 +127,7 @@ class State:
         could not go on is never saved."""
         moments = [x for moments in self.optimizer.state.values() for x in moments.values()]
         tensors = [*self.network.parameters(), *self.average.parameters(), *moments]
-        own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        own = [x.to_local() if is_share(x) else x for x in tensors]
         finite = torch.stack(torch._foreach_norm(own)).isfinite().all().float()
         if dist.is_initialized():  # a rank may hold a share that no other does
             dist.all_reduce(finite, dist.ReduceOp.MIN)

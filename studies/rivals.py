@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from options import Recipe
-from perflow import PeRFlow
+from perflow import PeRFlow, arrived
 from rf import Field, RectifiedFlow, Rows, expand, gaussian_like, solve, squared_error
 from sample import Sampler
 from studies.delta import learned
@@ -232,14 +232,14 @@ def pair_count(steps: int, batch_size: int) -> int:
 
 def pairs_of(number: int, teacher: Sampler, data, recipe: Recipe) -> Rows:
     """(z, t = 1, target, *cond) of solves from noise to data, 32 evaluations each. The few that run
-    to infinity are left out."""
+    away are left out."""
     _, *cond = data.batch(recipe.seed, 0, number)
     noise, field = torch.randn(number, *data.spec()["shape"]), flow(teacher)
     how = dict(steps=16, method="heun")
     with torch.no_grad():
         parts = torch.arange(number).split(2**11)
         ends = torch.cat([solve(field, noise[i], *(c[i] for c in cond), **how) for i in parts])
-    good = ends.square().flatten(1).isfinite().all(1)
+    good = arrived(noise, ends)
     return [c[good] for c in (noise, torch.ones(number), noise - ends, *cond)]
 
 
@@ -272,12 +272,12 @@ METHODS = {
     "consistency": Method(partial(consistent, 1), "teacher"),
     "consistency, K = 2": Method(partial(consistent, 2), "teacher"),
     "consistency, K = 4": Method(partial(consistent, 4), "teacher", 2e-3),
-    "progressive": Method(progressive, "last student"),
+    "progressive": Method(progressive, "last student", 1.6e-2),
     "DMD": Method(partial(matched, True, 0.1), "teacher, critic", pairs=True),
     "its pairs alone": Method(partial(matched, True, 0.0), "–", pairs=True),
     "DMD without pairs": Method(partial(matched, False, 1.0), "teacher, critic", 5e-4),
-    "adversarial": Method(adversarial, "critic", 4e-3),
-    "reflow": Method(partial(straightened, 1), "teacher"),
+    "adversarial": Method(adversarial, "critic"),
+    "reflow": Method(partial(straightened, 1), "teacher", 1.6e-2),
     "PeRFlow, K = 2": Method(partial(straightened, 2), "teacher"),
     "PeRFlow, K = 4": Method(partial(straightened, 4), "teacher"),
 }

@@ -303,8 +303,8 @@ def test_examples_reuse_each_solve_in_its_window():
     close(target, target2, 1e-5)
 
 
-@pytest.mark.parametrize("runs_to", [math.inf, 1e30])
-def test_a_solve_that_runs_to_infinity_gives_its_place_to_another(runs_to):
+@pytest.mark.parametrize("runs_to", [math.inf, math.nan, 1e6])
+def test_a_solve_that_runs_away_gives_its_place_to_another(runs_to):
     """With its t, target and condition, all of one row."""
     x0 = examples(32)[0].float()
     field, far = mixture().field(RF), lambda z: z[:, :1] > 1.5
@@ -315,7 +315,7 @@ def test_a_solve_that_runs_to_infinity_gives_its_place_to_another(runs_to):
     own = left[3] == rows[3]
     assert 20 < own.sum() < 64
     for given, kept in zip(rows, left, strict=True):
-        assert kept.isfinite().all()
+        assert kept.isfinite().all() and kept.abs().max() < 100
         assert (kept[own] == given[own]).all()
     first = left[3][~own].unique()
     assert len(first) == 1 and own[first]  # the first good row stands in for all others

@@ -254,7 +254,7 @@ def test_a_judged_rows_target_moves_x_and_a_pair_keeps_its_own():
     assert alone.reuse == 1 and len(alone.examples(normal(8))[0]) == 8
 
 
-def test_pairs_leave_out_a_solve_that_runs_to_infinity(start, monkeypatch):
+def test_pairs_leave_out_a_solve_that_runs_away(start, monkeypatch):
     teacher, data, recipe = start
     far = lambda z: z[:, :1] > 1
     monkeypatch.setattr(rivals, "flow", lambda model: lambda z, t: torch.where(far(z), z / 0, z))

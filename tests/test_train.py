@@ -371,22 +371,6 @@ def latents_command(folder, out, *flags, ranks=0):
     return [sys.executable, *launch, str(script), *flags]
 
 
-def test_two_ranks_equal_one_that_accumulates(latents, tmp_path):
-    """Weights, EMA and log to rounding, the ranks compiled; checkpoints without prefixes."""
-    run_together(
-        latents_command(latents, tmp_path / "r0", "--steps", "12", "--accumulate", "2"),
-        latents_command(latents, tmp_path / "r2", "--steps", "12", "--compile", ranks=2),
-    )
-    one, two = (sample.read(tmp_path / name / "checkpoint.pt") for name in ("r0", "r2"))
-    for part in ("network", "ema"):
-        assert one[part].keys() == two[part].keys() and "mmdit.pos_embed" in one[part]
-        for key in one[part]:
-            torch.testing.assert_close(one[part][key], two[part][key], rtol=1e-4, atol=1e-5)
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("r0", "r2")]
-    for a, b in zip(*logs, strict=True):
-        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-4)
-
-
 def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path):
     out = tmp_path / "killed"
     command = latents_command(latents, out, "--steps", "4000", "--shard", ranks=2)
