@@ -512,7 +512,7 @@ import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 step = torch.optim.AdamW.step
 torch.optim.AdamW.step = lambda self, *args: (
-    time.sleep(1.5), step(self, *args), print("step", flush=True))
+    time.sleep(1.1), step(self, *args), print("step", flush=True))
 train.main()
 """
     args = [sys.executable, "-c", script, "--batch-size", "32", "--out", str(tmp_path / "run")]

@@ -193,14 +193,20 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(finished, tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    finished, tmp_path, monkeypatch, capsys, own_process
+):
     """A file-size limit below a checkpoint's stands for the disk: one line, and nothing is lost."""
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     before = (out / "checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    more = fast_command("--resume", "--out", out, "--steps", 600)
-    done = subprocess.run(more, capture_output=True, text=True, preexec_fn=limit)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        more = "--resume", "--out", out, "--steps", 600
+        done = in_process(train.main, more, tmp_path, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
 
