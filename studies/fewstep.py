@@ -1,12 +1,10 @@
 """Few steps: PeRFlow against every rival that its paper names, on the ring and the grid.
 
-    python -m studies.fewstep                                      an hour on two cores
-    python -m studies.fewstep --shapes runs/shapes/checkpoint.pt   half an hour
+    python -m studies.fewstep        an hour on two cores
 
 All learn from the same teacher with as many of its evaluations, rows and steps. Learning rates are
 scanned on the first seed, five a method; the best of them meets the other seeds. A method has as
-many evaluations as its sampler can use: what it cannot do in so few is left out. On shapes each
-method is trained once, and the exact reader says how often its students are right."""
+many evaluations as its sampler can use: what it cannot do in so few is left out."""
 
 import itertools
 import math
@@ -22,14 +20,13 @@ from torch import Tensor
 
 import sample
 import toy2d
-from options import Count, Recipe, command, pick
+from options import Count, Recipe, command
 from pictures import WARM, Canvas, hues, tile
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
-from shapes import Shapes
 from studies.delta import learned
 from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
-from studies.runs import markdown, run_missing, shown
+from studies.runs import markdown, run_file, run_missing, shown
 from toy2d import Toy, load_mixture, yardsticks
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
@@ -56,7 +53,8 @@ def few_steps(field: Field, noise: Tensor, solver: str, power: float, steps: int
 # ---- A run: of the ring or the grid, judged by the exact field
 def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     """A toy model as `train.py` trains it, kept in `out`."""
-    data, file = Toy(Toy.Options(mixture)), out / f"{mixture}-{seed}.pt"
+    data = Toy(Toy.Options(mixture))
+    file = run_file(out, (mixture, seed)).with_suffix(".pt")
     recipe = Recipe(**data.recipe(data.options) | {"seed": seed})
     if not file.exists():
         model = learned(None, data, formulation(recipe.formulation), recipe)
@@ -105,34 +103,6 @@ def trained(job: tuple[str, str, float, int], steps: int, out: File) -> dict:
     return dict(job=job, steps=steps, scores=scores, seconds=spent, samples=x0)
 
 
-# ---- A run on shapes, judged by the exact reader
-def painted(job: tuple[str, str, float, int], steps: int, checkpoint: File) -> dict:
-    """The run ("shapes", method, learning rate, seed): {evaluations: [how often samples of seen and
-    of unseen captions are all right]}; the method "teacher" has nothing to train."""
-    torch.set_num_threads(1)
-    _, name, lr, seed = job
-    teacher, data = sample.load(checkpoint), Shapes(Shapes.Options())
-    changes = data.distil | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
-    recipe = pick(Recipe, teacher.config | changes)
-    start, students = time.perf_counter(), dict.fromkeys(COUNTS, teacher)
-    if name in METHODS:
-        students = METHODS[name].train(teacher, data, recipe)
-    spent, scores = time.perf_counter() - start, {}
-    for n, model in students.items():
-        right = [data.right(model, 200, new, steps=n)["all right"] for new in (False, True)]
-        scores[str(n)] = right
-    return dict(job=job, steps=steps, scores=scores, seconds=spent)
-
-
-def shapes_table(runs: list[dict]) -> str:
-    rows = [["method", *map(str, COUNTS), "seconds"]]
-    for run in runs:
-        told = [run["scores"].get(str(n)) for n in COUNTS]
-        cells = [", ".join(f"{share:.1%}" for share in pair) if pair else "–" for pair in told]
-        rows.append([run["job"][1], *cells, f"{run['seconds']:.0f}"])
-    return markdown(*rows)
-
-
 # ---- The tables and the picture
 def energy(run: dict) -> float:
     """In its fewest evaluations."""
@@ -174,11 +144,18 @@ def draw(runs: list[dict], mixture: str):
         n = next(iter(run["scores"]))
         label = f"{run['job'][1]}: {n} step{'s' * (n != '1')}"
         panels.append(Canvas(scene, 260).glow(0).points(x, colours, 3).done(label))
-    return tile([panels[:6], panels[6:]])
+    return tile([panels[:7], panels[7:]])
 
 
-def compare(mixtures: Sequence[str], seeds: int, steps: int, out: File) -> None:
-    """On the toy: teachers, the scans on the first seed, the best of them on the others."""
+def run(
+    mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
+    seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
+    steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
+    out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
+) -> None:
+    for mixture in mixtures:
+        load_mixture(mixture)
+    # teachers, the scans on the first seed, the best of them on the others
     make = partial(run_missing, out, steps=steps)
     bases = make(
         jobs=[(m, "teacher", s) for m in mixtures for s in range(seeds)],
@@ -203,29 +180,9 @@ def compare(mixtures: Sequence[str], seeds: int, steps: int, out: File) -> None:
             values = [energy(r) for r in own(scan) if r["job"][1] == name]
             rows.append([name, f"{method.lr:g}", *(toy2d.shown(v, ".1e") for v in values)])
         print(markdown(*rows))
-        draw(own(runs)[: len(METHODS)], mixture).save(out / f"fewstep_{mixture}.png")
-        print(f"\nwrote {out}/fewstep_{mixture}.png")
-
-
-def run(
-    mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
-    seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
-    out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
-    shapes: Annotated[File | None, "a checkpoint of shapes: compare on it instead"] = None,
-    lr: Annotated[float, "on shapes", 1e-30, 1e30] = 5e-4,
-) -> None:
-    for mixture in mixtures:
-        load_mixture(mixture)
-    if not shapes:
-        compare(mixtures, seeds, steps, out)
-        return
-    steps = Shapes.distil["steps"]
-    jobs = [("shapes", name, lr, 0) for name in ("teacher", *METHODS)]
-    work = partial(painted, steps=steps, checkpoint=shapes)
-    runs = run_missing(out, jobs, work, steps, {"scores", "seconds"})
-    print("all right, of 200 captions of seen and 200 of unseen pairs, by evaluations:\n")
-    print(shapes_table(runs))
+        file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
+        draw(own(runs)[: len(METHODS)], mixture).save(file)
+        print(f"\nwrote {file}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ PATH = RectifiedFlow()
 # ---- Without training: each step bends by what the last evaluation tells
 def multistep(field: Field, z: Tensor, times: Tensor, kind: str) -> Tensor:
     """The first-order step a x0_hat + b eps_hat from t to s, and what the last evaluation adds.
-    deis (Zhang & Chen 2022, tAB2): eps_hat is linear in t, in the exact integral of the equation.
+    deis (Zhang & Chen 2022, tAB1): eps_hat is linear in t, in the exact integral of the equation.
     dpm (DPM-Solver++(2M), Lu et al. 2022): x0_hat is linear in lambda/2 and taken in the middle of
-    the step; from t = 1 and to t = 0, where lambda is infinite, the step is of first order."""
+    the step. Where lambda is infinite, at t = 1 and 0, it has no slope: the first two steps and the
+    last are of first order."""
     last = None
     for t, s in pairwise(times.double()):
         v = field(z, t.float().expand(len(z)))
@@ -55,7 +56,7 @@ class Skip(PeRFlow):
     of that way: target = w first(z, t) + (1 - w) second(z + (m - t) first, m), with
     w = (m - t)/(t_end - t), where m is a `skip` on.
     Progressive distillation (Salimans & Ho 2022): both fields are the last student's, each window
-    was two of its own, t is always on a window's start, and m its middle.
+    joins two of its own, t is always on a window's start, and m its middle.
     Consistency (LCM, Luo et al. 2023): the first is a step of the teacher's solver, the second the
     average's own jump from m; in K windows it is PCM (Wang et al. 2024)."""
 
@@ -153,7 +154,8 @@ def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class DMD(Match):
     """Yin et al. 2023: the critic is a flow of what f draws, and x moves from its x0_hat to the
-    teacher's. Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
+    teacher's. Their norm is a mean over a picture; two coordinates have the batch's instead.
+    Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
 
     def __init__(self, teacher: Field, *how, **more):
         super().__init__(*how, **more)
@@ -167,7 +169,7 @@ class DMD(Match):
     def push(self, x: Tensor, *cond: Tensor) -> Tensor:
         z, t, _ = noised(x)
         real, fake = (z - expand(t, z) * f(z, t, *cond) for f in (self.teacher, self.critic))
-        return (real - fake) / expand((x - real).abs().flatten(1).mean(1), x)
+        return (real - fake) / (x - real).abs().mean()
 
 
 class Adversarial(Match):
@@ -188,6 +190,7 @@ class Adversarial(Match):
 
 # ---- The methods: each trains from (teacher, data, recipe) and gives {evaluations: a Sampler}
 COUNTS = (1, 2, 4, 8)
+AT_EDGES = dict(edge_share=0.5, clock_gap=0.25)  # as the commands have it; for maps, too
 Students = dict[int, Sampler]
 
 
@@ -202,31 +205,38 @@ def student(objective, teacher: Sampler, data, recipe: Recipe) -> Students:
 
 
 def straightened(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """PeRFlow as the commands have it; K = 1 is reflow (InstaFlow)."""
-    how = dict(method="heun", edge_share=0.5, clock_gap=0.25, reuse=16 // K)
+    """PeRFlow with what we add to it; K = 1 is reflow (InstaFlow)."""
+    how = dict(method="heun", **AT_EDGES, reuse=16 // K)
     return student(PeRFlow(flow(teacher), PATH, K, 32 // K, **how), teacher, data, recipe)
 
 
+def published(teacher: Sampler, data, recipe: Recipe) -> Students:
+    """PeRFlow, K = 4, as in its paper: t is uniform, and a solve has 8 DDIM steps."""
+    return student(PeRFlow(flow(teacher), PATH, reuse=4), teacher, data, recipe)
+
+
 def consistent(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """The average that gives the targets is taken after every step: it leads by 100 steps."""
-    how = dict(edge_share=0.5, clock_gap=0.25) if K > 1 else {}
-    objective = Skip(flow(teacher), windows=K, method="heun", **how)
+    """The average that gives the targets is taken after every step: it lags by 1/(1 - decay)."""
+    objective = Skip(flow(teacher), windows=K, method="heun", **AT_EDGES)
     return student(objective, teacher, data, replace(recipe, ema_every=1))
 
 
 def progressive(teacher: Sampler, data, recipe: Recipe, first: int = 64) -> Students:
-    """Students of 64, 32, ..., 1 steps; each learns two steps of the last one as one."""
+    """Students of 64, 32, ..., 1 steps; each learns two steps of the last one as one, on data and
+    noise of its own. The first learns 128 DDIM steps: only it asks the teacher."""
     rounds = [first >> i for i in range(first.bit_length())]
     recipe, last, found = replace(recipe, steps=recipe.steps // len(rounds)), teacher, {}
     for n in rounds:
         own = flow(last)
         objective = Skip(own, own, skip=1 / (2 * n), windows=n, edge_share=1.0)
-        last = found[n] = learned(last, data, objective, recipe)
+        fresh = replace(recipe, seed=1000 * n + recipe.seed)
+        last = found[n] = learned(last, data, objective, fresh)
     return {n: found[n] for n in COUNTS}
 
 
 def pair_count(steps: int, batch_size: int) -> int:
-    """What is left of two evaluations a row where half of the rows are judged: 32 make a pair."""
+    """How many pairs the budget pays for: half of the rows are judged, at one evaluation each; what
+    is left of two a row makes pairs, at 32 each."""
     return steps * batch_size * 3 // 64
 
 
@@ -275,9 +285,10 @@ METHODS = {
     "progressive": Method(progressive, "last student", 1.6e-2),
     "DMD": Method(partial(matched, True, 0.1), "teacher, critic", pairs=True),
     "its pairs alone": Method(partial(matched, True, 0.0), "–", pairs=True),
-    "DMD without pairs": Method(partial(matched, False, 1.0), "teacher, critic", 5e-4),
+    "DMD without pairs": Method(partial(matched, False, 1.0), "teacher, critic", 6e-5),
     "adversarial": Method(adversarial, "critic"),
     "reflow": Method(partial(straightened, 1), "teacher", 1.6e-2),
+    "PeRFlow as published": Method(published, "teacher"),
     "PeRFlow, K = 2": Method(partial(straightened, 2), "teacher"),
     "PeRFlow, K = 4": Method(partial(straightened, 4), "teacher"),
 }

@@ -14,7 +14,7 @@ from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
 from shapes import Shapes
-from studies import fewstep, rivals
+from studies import fewshapes, fewstep, rivals
 from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
 from toy2d import Toy
 
@@ -181,7 +181,7 @@ def test_dmd_pushes_from_what_is_drawn_to_what_the_teacher_draws():
     z, t, _ = rivals.noised(x)
     x0 = z - expand(t, z) * velocity(z, t)
     share = expand(t**2 / spread(t) ** 2, z)
-    size = (x - x0).abs().mean(1, keepdim=True)
+    size = (x - x0).abs().mean()
     torch.testing.assert_close(push, -share * away / size, rtol=1e-3, atol=1e-4)
     assert t.min() >= 0.02 and t.max() <= 0.98
 
@@ -339,7 +339,7 @@ def test_a_method_on_shapes(name, monkeypatch):
     network = Shapes.network(spec, recipe).requires_grad_(False)
     config = vars(recipe) | dict(dataset="shapes", spec=spec)
     monkeypatch.setattr(
-        fewstep.sample, "load", lambda file: Sampler(network, formulation("rf"), config)
+        fewshapes.sample, "load", lambda file: Sampler(network, formulation("rf"), config)
     )
     right = Shapes.right
     few = lambda model, n, new, steps: right(model, 2, new, steps=steps)
@@ -347,7 +347,7 @@ def test_a_method_on_shapes(name, monkeypatch):
     scales, guided = set(), Sampler.guided
     spy = lambda self, cfg=1.0: (scales.add((self.network is network, cfg)), guided(self, cfg))[1]
     monkeypatch.setattr(Sampler, "guided", spy)
-    run = fewstep.painted(("shapes", name, 1e-3, 0), 7, None)
+    run = fewshapes.painted(("shapes", name, 1e-3, 0), 7, None)
     assert all(0 <= share <= 1 for pair in run["scores"].values() for share in pair)
     assert ((True, 3.0) in scales) == (name != "adversarial") and (True, 1.0) not in scales
-    assert f"| {name} |" in fewstep.shapes_table([run])
+    assert f"| {name} |" in fewshapes.table([run])
