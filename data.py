@@ -46,6 +46,7 @@ from parallel import check_device, join, leave, meet
 from pictures import draw_sheet, to_uint8
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn: each has generators of its own
+CHECKPOINTED = 30  # the depth from which on activations are computed again, to need less memory
 
 
 def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Generator:
@@ -249,7 +250,7 @@ class Dataset(Data):
     # ---- Of a spec alone: the network, and what is drawn with it
     @staticmethod
     def network(spec: dict, recipe) -> nn.Module:
-        """A fresh network with patches of 2 x 2; from depth 30 on it checkpoints activations."""
+        """A fresh network with patches of 2 x 2; a deep one checkpoints its activations."""
         channels, height, width = spec["shape"]
         size = min(256, max(height, width) // 2)
         shape = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
@@ -267,7 +268,7 @@ class Dataset(Data):
         else:
             network = ClassMMDiT(spec["classes"], recipe.depth, **shape)
             core = network.mmdit
-        core.checkpointing = recipe.depth >= 30
+        core.checkpointing = recipe.depth >= CHECKPOINTED
         return network
 
     @classmethod

@@ -70,17 +70,15 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def add_up(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds up the gradients of all ranks: a step's last one does."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    """Whether the next backward pass adds up the gradients of all ranks: a step's last one does. Of
+    shared weights each one does, as a rank would have to hold whole gradients between them."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(now)
 
 
 # ---- A share of every weight on each rank
 def is_share(x: object) -> bool:
-    """Whether it is a DTensor, of a module that would take a third of a start to import."""
+    """Whether x is a DTensor, told by an attribute: its class would take long to import."""
     return hasattr(x, "full_tensor")
 
 

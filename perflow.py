@@ -190,8 +190,8 @@ class PeRFlow:
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
         """(z, t, target, *cond) of reuse * B rows, with eps drawn.
         A solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i, ... share
-        one, so B rows one after the other never meet it twice. A solve of far noise can run away,
-        and one such row would end the training: the first good one takes its place."""
+        one, so B rows one after the other never meet it twice. From far noise a solve can run away,
+        and one such row would ruin the training: the batch's first good row replaces it."""
         t = self.draw(len(x0), generator).to(x0.device)
         ends = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
         good = arrived(*ends)
@@ -270,7 +270,7 @@ class PeRFlow:
 
 
 def arrived(z_start: Tensor, z_end: Tensor) -> Tensor:
-    """Which rows (B,) a solve has not carried away, by a thousand times the batch's scale."""
+    """Which rows (B,) have no coordinate of z_end beyond 1,000 times the largest |z_start|."""
     return (z_end.abs() < 1000 * z_start.abs().max()).flatten(1).all(1)
 
 

@@ -2,8 +2,9 @@
 
 The network is built of fake tensors, which have shapes and no values, so any depth fits. A rank
 holds for each weight 4 bytes of it, of its gradient and of its average, and 8 of Adam's moments;
-under bf16 2 more of its rounded copy; and what the forward pass leaves for the backward pass. With
---shard all but the last is divided among the ranks, and two blocks at a time are whole."""
+under bf16 2 more of its rounded copy; and what the forward pass leaves for the backward pass, which
+is less where the training checkpoints, from depth 30 on. With --shard all but the last is divided
+among the ranks, and two blocks at a time are whole."""
 
 from collections.abc import Callable, Iterable
 from unittest import mock
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmdit
+from data import CHECKPOINTED
 from mmdit import MMDiT
 from sample import autocast
 from studies.runs import markdown
@@ -92,8 +94,9 @@ def planned(depths: Iterable[int], size: int, batch_size: int, gpus: int, precis
         P = sum(w.numel() for w in network.parameters())
         block = sum(w.numel() for w in network.joint_blocks[0].parameters())
         copy = 2 if precision == "bf16" else 0
-        alone = (20 + copy) * P + whole
-        shared = 20 * P / gpus + 2 * (copy or 4) * block + 4 * block + checkpointed
+        kept = checkpointed if depth >= CHECKPOINTED else whole
+        alone = (20 + copy) * P + kept
+        shared = 20 * P / gpus + 2 * (copy or 4) * block + 4 * block + kept
         parts = " + ".join(f"{n * P / 1e9:.3g}" for n in (4, 4, 8, 4)) + " GB"
         cells = f"{depth}", f"{P / 1e9:.3g}B", f"{batch_size * gpus * flops / 1e15:.3g}", parts
         rows.append([*cells, *map(G, (whole, checkpointed, alone, shared))])
