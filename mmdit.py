@@ -76,9 +76,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,N,D) -> q, k, v, each (B,N,heads,64)."""
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
-        )  # (B,N,3D) -> (B,N,3,heads,64)
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)  # of (B,N,3,heads,64)
         return self.ln_q(q), self.ln_k(k), v
 
 
@@ -160,16 +158,10 @@ class MMDiT(nn.Module):
     condition is zeros. ValueError on a depth below 1 and on latents of another shape."""
 
     def __init__(
-        self,
-        depth: int,
-        in_channels: int = 16,
-        patch_size: int = 2,
-        pos_embed_max_size: int = 192,
-        context_dim: int = 4096,
-        pooled_dim: int = 2048,
-        qk_norm: bool = False,
-        shared: bool = False,
-    ):
+        self, depth: int, in_channels: int = 16, patch_size: int = 2, pos_embed_max_size: int = 192,
+        context_dim: int = 4096, pooled_dim: int = 2048,
+        qk_norm: bool = False, shared: bool = False,
+    ):  # fmt: skip
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
@@ -185,10 +177,8 @@ class MMDiT(nn.Module):
         self.y_embedder = vector_embedder(pooled_dim, self.width)
         self.context_embedder = nn.Linear(context_dim, self.width)
         self.register_buffer("pos_embed", position_table(pos_embed_max_size, self.width))
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(self.width, qk_norm, last=i == depth - 1, shared=shared)
-            for i in range(depth)
-        )
+        blocks = (JointBlock(self.width, qk_norm, i == depth - 1, shared) for i in range(depth))
+        self.joint_blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(self.width, patch_size**2 * in_channels)
         self._initialize()
 
@@ -266,23 +256,12 @@ class ClassMMDiT(nn.Module):
     """Labels for an MM-DiT: a class is a few learned context tokens and a learned pooled vector.
     Label `classes` is the null one; with classes = 0 there is no other. A point (C,) is a C x 1 x 1
     latent with one position and patch size 1. SD3 has no labels, so their start is our choice:
-    N(0,1), about the scale of a text encoder's output."""
+    N(0,1), about the scale of a text encoder's output. `shape` is MMDiT's, by name."""
 
-    def __init__(
-        self,
-        classes: int,
-        depth: int,
-        in_channels: int,
-        patch_size: int,
-        pos_embed_max_size: int,
-        tokens: int = 4,
-        qk_norm: bool = False,
-        shared: bool = False,
-    ):
+    def __init__(self, classes: int, depth: int, tokens: int = 4, **shape):
         super().__init__()
         dim = HEAD_DIM * depth
-        shape = depth, in_channels, patch_size, pos_embed_max_size
-        self.mmdit = MMDiT(*shape, context_dim=dim, pooled_dim=dim, qk_norm=qk_norm, shared=shared)
+        self.mmdit = MMDiT(depth, **shape, context_dim=dim, pooled_dim=dim)
         self.context = nn.Embedding(classes + 1, tokens * dim)
         self.pooled = nn.Embedding(classes + 1, dim)
         self.classes = classes

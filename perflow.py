@@ -168,13 +168,11 @@ class PeRFlow:
     # sides, however long it trains. The cures are ours: edge_share and clock_gap.
     def draw(self, n: int, generator: Generator = None) -> Tensor:
         """Training's t (n,): uniform on (0, 1], but a share `edge_share` on its window's start."""
-        u = torch.rand(n, generator=generator, device=generator.device if generator else None)
-        return self._draw_in(*self.window(1 - u), generator)
+        return self._draw_in(*self.window(1 - rf.random(n, generator)), generator)
 
     def _draw_in(self, t_start: Tensor, t_end: Tensor, generator: Generator) -> Tensor:
         """One t in each of these windows: on its start with that probability, else uniform."""
-        device = generator.device if generator else None
-        u, chance = torch.rand(2, len(t_start), generator=generator, device=device).to(t_start)
+        u, chance = rf.random((2, len(t_start)), generator).to(t_start)
         t = t_start - u * (t_start - t_end) * (chance >= self.edge_share)
         return torch.maximum(t, torch.nextafter(t_end, t_start))  # t_end is the next window's
 
@@ -202,20 +200,13 @@ class PeRFlow:
         z, target = self._line(z_start, z_end, t)
         return z, t, target, *cond
 
-    def target(self, average: Field, rows: Rows) -> Rows:
-        """The rows have their targets already, as `Formulation.target` explains."""
-        return rows
-
     def field(self, student: Field) -> Field:
         """What is fitted to the targets, f(z, t, *cond): the student on its own clock."""
         own = self.formulation.rectified(student) if self.formulation else student
         return lambda z, t, *cond: own(z, self.student_time(t), *cond)
 
-    def loss(
-        self, student: Field, x0: Tensor, *cond: Tensor, generator: Generator = None
-    ) -> Tensor:
-        """E_{t, eps} |student(z_t, t) - target|^2, a scalar: the mean over batch and dimensions."""
-        return rf.squared_error(self.field(student), *self.examples(x0, *cond, generator=generator))
+    # as of a formulation: `examples` has the targets, the loss is E |student(z_t, t) - target|^2
+    target, loss = Formulation.target, Formulation.loss
 
     # ---- Sampling
     def velocity(self, student: Field) -> Field:

@@ -79,6 +79,11 @@ class Path:
         a, b, _, _ = self.coefficients(expand(t, x0))
         return a * x0 + b * eps
 
+    def derivative(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(4): psi'_t(x0 | eps) = a'_t x0 + b'_t eps."""
+        _, _, da, db = self.coefficients(expand(t, x0))
+        return da * x0 + db * eps
+
     def invert(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(4): psi_t^-1(z | eps) = (z - b_t eps)/a_t. It is undefined where a_t = 0."""
         a, b, _, _ = self.coefficients(expand(t, z))
@@ -88,8 +93,7 @@ class Path:
         """(5): u_t(z | eps) = psi'_t(psi_t^-1(z | eps) | eps). It is undefined where a_t = 0.
         Written out it is (9), (a'/a) z - (b a'/a - b') eps, and (10), (a'/a) z - (b/2) lambda' eps.
         The form with lambda' is not used, as b lambda' is 0 * inf at t = 0."""
-        _, _, da, db = self.coefficients(expand(t, z))
-        return da * self.invert(z, eps, t) + db * eps
+        return self.derivative(self.invert(z, eps, t), eps, t)
 
     def shift(self, t: Tensor, s: float) -> Tensor:
         """SD3 5.3.2: t_m = s t_n/(1 + (s - 1) t_n) on the RF path, s = sqrt(m/n).
@@ -138,9 +142,7 @@ class LDMLinear(Path):
 
     # beta_t = (sqrt(beta_0) + t/(T-1) (sqrt(beta_{T-1}) - sqrt(beta_0)))^2
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-
-    def __init__(self):
-        self._log_a2 = torch.log1p(-self.beta).cumsum(0)
+    _log_a2 = torch.log1p(-beta).cumsum(0)
 
     def _coefficients(self, t):
         table = constants(self._log_a2, t.device, t.dtype)
@@ -165,6 +167,7 @@ class DDPMLinear(LDMLinear):
     """DDPM-linear: the same with beta_t = beta_0 + t/(T-1) (beta_{T-1} - beta_0); a_1 = 0.00635."""
 
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    _log_a2 = torch.log1p(-beta).cumsum(0)
 
 
 class EDM(Path):
@@ -174,12 +177,12 @@ class EDM(Path):
     sigma. sigma_data is (16)'s 0.5, a constant of the formulas; data have unit std all the same.
     (16)'s c_noise = log(sigma)/4 is not used: our networks take t itself, which rises with it."""
 
-    t_min, t_max = 1e-4, 1 - 1e-4
+    t_min, t_max, sigma_data = 1e-4, 1 - 1e-4, 0.5
 
-    def __init__(self, P_m: float = -1.2, P_s: float = 1.2, sigma_data: float = 0.5):
+    def __init__(self, P_m: float = -1.2, P_s: float = 1.2):
         if not (P_s > 0 and math.isfinite(P_m) and math.isfinite(P_s)):
             raise ValueError(f"EDM takes a finite P_m and P_s > 0, got {P_m:g} and {P_s:g}")
-        self.P_m, self.P_s, self.sigma_data = P_m, P_s, sigma_data
+        self.P_m, self.P_s = P_m, P_s
 
     def _coefficients(self, t):
         n = torch.special.ndtri(t)  # the standard normal quantile; n' = sqrt(2 pi) exp(n^2/2)
@@ -205,18 +208,14 @@ class EDM(Path):
 
 class MatchedEDM(EDM):
     """z_t = x0 + b_t eps with another path's log-SNR: b_t = t/(1-t) (rf), tan(pi t/2) (cosine).
-    This is our reading of `edm/rf` and `edm/cos`: the paper says only that they match "the log-SNR
-    weighting"."""
+    Our reading of `edm/rf`, `edm/cos`: the paper says that they match "the log-SNR weighting"."""
 
-    def __init__(self, path: Path, sigma_data: float = 0.5):
-        self.path, self.sigma_data = path, sigma_data
+    def __init__(self, path: Path):
+        self.path, self.time = path, path.time
 
     def _coefficients(self, t):
         a, b, da, db = self.path.coefficients(t)
         return torch.ones_like(t), b / a, torch.zeros_like(t), (db - b * da / a) / a
-
-    def time(self, log_snr):
-        return self.path.time(log_snr)
 
     grid = Path.grid  # uniform in t
 
@@ -235,23 +234,23 @@ PREDICTIONS: dict[str, Callable[[Path, Tensor], Pair]] = {
     "velocity": lambda path, t: path.coefficients(t)[2:],  # (a', b'), the path's own velocity
     "eps": lambda path, t: (torch.zeros_like(t), torch.ones_like(t)),
     "x0": lambda path, t: (torch.ones_like(t), torch.zeros_like(t)),
-    # Salimans & Ho 2022, for variance-preserving paths
-    "v": lambda path, t: (-path.b(t), path.a(t)),
+    "v": lambda path, t: (-path.b(t), path.a(t)),  # Salimans & Ho 2022, where a^2 + b^2 = 1
     "F": edm_prediction,
 }
 
 
 # ---- Densities pi(t): how t is drawn. How the loss is scaled is another matter: it is not (omega
 # = 1), and `Formulation.weight` says what this amounts to in the paper's terms.
-def _draw(n: int, generator: Generator, draw: Callable = torch.rand) -> Tensor:
-    return draw(n, generator=generator, device=generator.device if generator else None)
+def random(size: int | tuple[int, ...], generator: Generator, draw=torch.rand) -> Tensor:
+    """Draws of U(0, 1), or by another function, on the generator's device."""
+    return draw(size, generator=generator, device=generator.device if generator else None)
 
 
 class Uniform:
     """t ~ U(0, 1)."""
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return _draw(n, generator)
+        return random(n, generator)
 
     def density(self, t: Tensor) -> Tensor:
         return torch.ones_like(at_least_float32(t))
@@ -266,7 +265,7 @@ class LogitNormal:
         self.m, self.s = m, s
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return torch.sigmoid(self.m + self.s * _draw(n, generator, torch.randn))
+        return torch.sigmoid(self.m + self.s * random(n, generator, torch.randn))
 
     def density(self, t: Tensor) -> Tensor:
         """(19): 1/(s sqrt(2 pi)) 1/(t (1 - t)) exp(-(logit t - m)^2/(2 s^2)), and 0 at both ends,
@@ -293,7 +292,7 @@ class Mode:
         return 1 - u - self.s * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return self.f(_draw(n, generator)).clamp(0, 1)
+        return self.f(random(n, generator)).clamp(0, 1)
 
     def density(self, t: Tensor) -> Tensor:
         t = at_least_float32(t)
@@ -309,7 +308,7 @@ class CosMap:
     """(21): t = f(u) = 1 - 1/(tan(pi u/2) + 1), u ~ U(0, 1): the cosine path's log-SNR, on rf."""
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        u = math.pi / 2 * _draw(n, generator)
+        u = math.pi / 2 * random(n, generator)
         return torch.sin(u) / (torch.sin(u) + torch.cos(u))  # (21) without tan's pole
 
     def density(self, t: Tensor) -> Tensor:
@@ -390,7 +389,8 @@ class Formulation:
         """E_{t ~ pi, eps} |network(c_in z_t, t) - target|^2, a scalar: L_w with w_t = `weight`(t).
         With the path's own velocity it is (8), which is (11). With eps the paper's (12) has another
         factor, ((b/2) lambda')^2, and with v on the cosine path (8) is pi^2/4 times this loss."""
-        return squared_error(network, *self.examples(x0, *cond, generator=generator))
+        rows = self.examples(x0, *cond, generator=generator)
+        return squared_error(self.field(network), *rows)
 
     def weight(self, t: Tensor) -> Tensor:
         """w_t = -2 pi(t) (det/a)^2 / lambda'_t, with which the loss is
@@ -427,13 +427,7 @@ class Formulation:
     def velocity(self, network: Field) -> Field:
         """The velocity field v(z, t, *cond) = a' x0_hat + b' eps_hat, on this path."""
         ends = self.ends(network)
-
-        def velocity(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
-            x0_hat, eps_hat = ends(z, t, *cond)
-            _, _, da, db = self.path.coefficients(expand(t, z))
-            return da * x0_hat + db * eps_hat
-
-        return velocity
+        return lambda z, t, *cond: self.path.derivative(*ends(z, t, *cond), t)
 
     def rectified(self, network: Field) -> Field:
         """The same network as a velocity field v(z, t, *cond) = eps_hat - x0_hat on the RF path.
@@ -478,8 +472,7 @@ class Formulation:
         z = self.path.b(times[0]) * noise
         for t, t_next in zip(times, times[1:], strict=False):
             x0_hat, eps_hat = ends(z, t.expand(len(z)), *cond)
-            a, b, _, _ = self.path.coefficients(t_next)
-            z = a * x0_hat + b * eps_hat
+            z = self.path.interpolate(x0_hat, eps_hat, t_next)
         return x0_hat
 
 
@@ -502,14 +495,11 @@ _FORMULATIONS: dict[str, Callable[..., tuple]] = {  # name(arguments): path, pre
 
 # The 61 of SD3's section 5.1. The grids of lognorm (5 x 6) and edm (5 x 3) are our reading of the
 # paper's ranges. mode's first seven s are uniform in [-1, 1.75], the eighth is the paper's 1.0.
+_M, _S = (-1, -0.5, 0, 0.5, 1), (0.2, 0.6, 1, 1.4, 1.8, 2.2)  # of lognorm
 STUDY: list[str] = [
     *("eps/linear", "v/linear", "eps/cos", "v/cos", "rf", "rf/cosmap", "edm/rf", "edm/cos"),
     *(f"rf/mode({s:.2f})" for s in (-1, -0.54, -0.08, 0.38, 0.83, 1.29, 1.75, 1)),
-    *(
-        f"rf/lognorm({m:.2f},{s:.2f})"
-        for m in (-1, -0.5, 0, 0.5, 1)
-        for s in (0.2, 0.6, 1, 1.4, 1.8, 2.2)
-    ),
+    *(f"rf/lognorm({m:.2f},{s:.2f})" for m in _M for s in _S),
     *(f"edm({P_m:.2f},{P_s:.2f})" for P_m in (-1.2, -0.6, 0, 0.6, 1.2) for P_s in (0.6, 1.2, 1.8)),
 ]
 

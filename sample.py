@@ -254,13 +254,11 @@ def load_released(path: str, device: torch.device) -> Sampler:
     Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
     smallest sigma twice and ends with a step from 0.009 to 0."""
     spec, state = text.read_released(path)
-    precision, dtype = "fp32", torch.float32
-    if device.type == "cuda":
-        precision, dtype = "bf16", torch.bfloat16
+    kind, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
     state = {key: w.to(dtype) for key, w in state.items()}
     text.reserve("the network", sum(w.nbytes for w in state.values()), device)
     depth = len(state["x_embedder.proj.bias"]) // HEAD_DIM
-    recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=precision)
+    recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=kind)
     config = asdict(recipe) | dict(dataset="latents", objective=None, teacher=None, spec=spec)
     with torch.device("meta"):
         network = Latents.network(spec, recipe)
@@ -289,13 +287,9 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
 # ---- The command
 def run(
     checkpoint: Annotated[str, "a checkpoint.pt that train.py wrote"],
-    num: Annotated[
-        Count | None, "number of samples (default: 2000 points or 100 images)", 1, 10**7
-    ] = None,
+    num: Annotated[Count | None, "samples (default: 2000 points or 100 images)", 1, 10**7] = None,
     steps: Annotated[Count, "of the solver, from t = 1 to 0", 1, 100_000] = 50,
-    solver: Annotated[
-        Literal[tuple(SOLVERS)], "of dz = v dt; in few steps ab2 is the best"
-    ] = "euler",
+    solver: Annotated[Literal[tuple(SOLVERS)], "of dz = v dt; in few steps ab2 is best"] = "euler",
     cfg: Annotated[float | None, "guidance scale (default: 3 for shapes, else 1, off)"] = None,
     prompt: Annotated[list[str] | None, "what to draw, of models with text; repeatable"] = None,
     prompts: Annotated[File | None, "a file of prompts, one a line"] = None,
@@ -315,8 +309,7 @@ def run(
     where, texts = check_device(device), list(prompt or [])
     if prompts:
         with reading(prompts, "text"):
-            lines = prompts.read_text(encoding="utf-8").splitlines()
-        texts += [line for line in lines if line.strip()]
+            texts += filter(str.strip, prompts.read_text(encoding="utf-8").splitlines())
         if not texts:
             raise ValueError(f"--prompts {prompts} is empty")
     if texts and (label is not None or data or (num or len(texts)) < len(texts)):

@@ -106,9 +106,8 @@ class GaussianMixture:
         self, z: Tensor, t: Tensor | float, path: Path, labels: Tensor | None = None
     ) -> Tensor:
         """(6): u_t(z) = E[a' x0 + b' eps | z_t = z], (B,2). It never divides by a."""
-        _, _, da, db = path.coefficients(expand(t, z.double()).double())
-        x0, eps = self.ends(z.double(), t, path, labels)
-        return (da * x0 + db * eps).to(z.dtype)
+        ends = self.ends(z.double(), t, path, labels)
+        return path.derivative(*ends, expand(t, z.double()).double()).to(z.dtype)
 
     def field(self, path: Path) -> Field:
         """The exact velocity field v(z, t, *labels) on this path."""
@@ -373,9 +372,7 @@ class Toy(Data):
         return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
 
     @classmethod
-    def write(
-        cls, spec: dict, file: File, x0: Tensor, *labels: Tensor, seed: int = 0, **how
-    ) -> File:
+    def write(cls, spec: dict, file: File, x0: Tensor, *labels: Tensor, seed=0, **how) -> File:
         """A picture (.png) or arrays (.npz), and the metrics beside those of the exact field from
         the same noise, which `seed` draws again."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)

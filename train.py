@@ -76,10 +76,9 @@ def batches(
         return list(zip(*streams, strict=True))
 
     with ThreadPoolExecutor(1) as thread:
-        n, skip = divmod(start, block)
-        coming = thread.submit(draw, n)
-        while True:
-            n += 1
+        first, skip = divmod(start, block)
+        coming = thread.submit(draw, first)
+        for n in itertools.count(first + 1):
             steps, coming = coming.result(), thread.submit(draw, n)
             yield from steps[skip:]
             skip = 0
@@ -116,9 +115,7 @@ class State:
             for key in ("exp_avg", "exp_avg_sq"):
                 moments[i][key] = share(moments[i][key], w)
         device = next(self.network.parameters()).device
-        self.losses = [
-            torch.tensor(float(loss), device=device) for loss in checkpoint.get("losses", [])
-        ]
+        self.losses = [*torch.tensor(checkpoint.get("losses", []), device=device).float()]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -122,7 +122,7 @@ def alone(tmp_path, monkeypatch):
 
 BUILDERS = {
     "MLP": lambda: MLP(8),
-    "classes": lambda: ClassMMDiT(3, 2, 4, 2, 4),
+    "classes": lambda: ClassMMDiT(3, 2, in_channels=4, patch_size=2, pos_embed_max_size=4),
     "norms": lambda: MMDiT(2, 3, 2, 4, context_dim=5, pooled_dim=6, qk_norm=True),
 }
 

@@ -2,6 +2,7 @@
 budget that all of them share."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from sample import Sampler
 from shapes import Shapes
 from studies import fewshapes, fewstep, rivals
 from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
-from toy2d import Toy
+from toy2d import Toy, load_mixture
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4
 
@@ -132,6 +133,15 @@ def test_skipping_walks_two_parts_of_the_way():
     torch.testing.assert_close(z + expand(t_end - t, z) * target, z_e)
     euler = solve(velocity, z, steps=1, t_start=t, t_end=m)
     torch.testing.assert_close(z_m, euler)
+
+
+def test_progressive_students_see_data_of_their_own(start, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(rivals, "learned", lambda last, data, o, recipe: (
+        seeds.append(recipe.seed), last
+    )[1])  # fmt: skip
+    rivals.progressive(*start)
+    assert len({*seeds}) == len(seeds) == 7
 
 
 def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
@@ -273,7 +283,8 @@ def start():
     recipe = Recipe(**data.recipe(data.options) | TINY)
     torch.manual_seed(0)
     network = Toy.network(data.spec(), recipe).requires_grad_(False)
-    return Sampler(network, formulation("rf"), vars(recipe) | {"spec": data.spec()}), data, recipe
+    config = vars(recipe) | {"spec": data.spec(), "dataset": "toy2d"}
+    return Sampler(network, formulation("rf"), config), data, recipe
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -327,6 +338,29 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
     text = fewstep.table([base], made)
     assert "| RK4 | – | – |" in text and "| 0.001 |" in text
     assert len(fewstep.draw(made, "ring").getcolors(1 << 20)) > 50
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(load_mixture("grid").spec()))
+    (tmp_path / "out").mkdir()
+    fewstep.teacher_of(str(own), 0, tmp_path / "out")
+    assert len([*(tmp_path / "out").iterdir()]) == 1  # whatever the mixture's file is called
+
+
+def test_shapes_runs_are_of_their_teacher(start, tmp_path, monkeypatch):
+    """Another checkpoint's results are never told as this one's."""
+    teacher, *_ = start
+    monkeypatch.setattr(fewshapes.sample, "load", lambda file: teacher)
+    with pytest.raises(ValueError, match="is of toy2d, not of shapes"):
+        fewshapes.run("x.pt")
+    teacher.config["dataset"], asked = "shapes", []
+    told = dict(job=["", "DMD", 1e-3, 0], scores={"1": [0.5, 0.25]}, seconds=3.0)
+    monkeypatch.setattr(
+        fewshapes, "run_missing", lambda out, jobs, *how: asked.append(jobs) or [told]
+    )
+    for _ in range(2):
+        fewshapes.run("x.pt", out=tmp_path)
+        next(teacher.network.parameters()).data += 1
+    (one, *rest), (other, *_) = asked
+    assert len(rest) == len(METHODS) and one[1:] == other[1:] and one[0] != other[0]
 
 
 @pytest.mark.parametrize("name", ["teacher", "DMD", "adversarial", "progressive", "PeRFlow, K = 2"])
