@@ -46,7 +46,7 @@ def report(runs: list[dict]) -> str:
     rows, curves = [heads], curves_of(runs)
     for depth, (_, flops, _) in curves.items():
         own = [run for run in runs if run["job"][1] == depth]
-        cells = [f"{depth}", f"{own[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.0f}"]
+        cells = [f"{depth}", f"{own[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.3g}"]
         cells.append(shown([run["curve"][-1][2] for run in own], ".4f"))
         cells += [
             shown([run[kind]["all right"] for run in own], ".1%") for kind in ("seen", "unseen")

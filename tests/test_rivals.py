@@ -324,6 +324,7 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
         energy=draw(normal(20)).mean().item(), outliers=0.5
     ))  # fmt: skip
     base = fewstep.untrained(("ring", "teacher", 0), 14, tmp_path)
+    assert math.isfinite(base["floor"])
     assert (tmp_path / "ring-0.pt").exists()
     assert list(base["scores"]["RK4"]) == ["4", "8"] and list(base["scores"]["Heun"]) == [
         "2",
