@@ -62,8 +62,8 @@ def leave() -> None:
 
 
 def replicated(model: nn.Module) -> nn.Module:
-    """The model, whole on each rank."""
-    if not dist.is_initialized():
+    """The model, whole on each rank; or as it is where ranks share it, or where there is one."""
+    if not dist.is_initialized() or is_sharded(model):
         return model
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -97,9 +97,7 @@ class PeRFlow:
             raise ValueError(f"{type(path).__name__} is infinite at t = 1; {advice}")
 
     @classmethod
-    def of(
-        cls, formula: Formulation, options: Options, guided: Callable | None = None
-    ) -> "PeRFlow":
+    def of(cls, formula: Formulation, options: Options, guided: Callable | None) -> "PeRFlow":
         """The PeRFlow of a network of this formulation. guided(cfg) is the teacher's network with
         guidance; sampling needs no teacher."""
         how = asdict(options)

@@ -397,8 +397,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         with reading(out / "checkpoint.pt", "checkpoint"):
             state.load(checkpoint, out)
         del checkpoint  # of 16 bytes a parameter
-    model = torch.compile(network) if recipe.compile else network
-    state.model = model if given.get("shard") else replicated(model)
+    state.model = replicated(torch.compile(network) if recipe.compile else network)
     run = Run(out, config, state, data, objective, recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)

@@ -309,7 +309,7 @@ def test_the_report_of_scaling(tmp_path):
         for s in (0, 1)
     ]
     said = scaling.report(made)
-    assert "| 2 | 2.0M | 2 | 0.3050 ± 0.0050 | 70.0% ± 0.0% |" in said
+    assert "| 2 | 2.0M | 1.6 | 0.3050 ± 0.0050 | 70.0% ± 0.0% |" in said
     assert "Rank correlation of final loss and errors on seen pairs: 0.96" in said
     assert len(scaling.draw(made).getcolors(1 << 20)) > 50
 
