@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path as File
 
 import sample
+from checkpoint import DATASETS, OBJECTIVES, digest, read
 from data import locked
 from options import Parser, Recipe, names, pick, ranks
-from sample import DATASETS, OBJECTIVES
 
 MAY_CHANGE = {"steps", "accumulate", "compile", "data", "download"}  # when a run is resumed
 OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights keeps
@@ -62,7 +62,7 @@ def configure(given: dict, held: contextlib.ExitStack) -> tuple:
     default = "-".join(filter(None, (name, objective)))
     out = choose(given.get("out"), default, bool(resume), held)
     if resume:
-        checkpoint, whose = sample.read(out / "checkpoint.pt"), f"the run in {out}"
+        checkpoint, whose = read(out / "checkpoint.pt"), f"the run in {out}"
         origin = checkpoint["config"]
         if teacher and origin["objective"] != objective:
             raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
@@ -73,10 +73,10 @@ def configure(given: dict, held: contextlib.ExitStack) -> tuple:
             at = f"{out} is at step {checkpoint['step']} already"
             raise ValueError(f"--steps {flags['steps']}: {at}")
     config = compose(flags, name, objective, origin, bool(resume), whose)
-    digest = sample.digest(start.network) if teacher else None
-    if resume and digest != origin.get("teacher_digest"):
+    known = digest(start.network) if teacher else None
+    if resume and known != origin.get("teacher_digest"):
         raise ValueError(f"{teacher} has other weights than the teacher of {whose}")
-    return config | {"teacher": teacher, "teacher_digest": digest}, out, checkpoint, start
+    return config | {"teacher": teacher, "teacher_digest": known}, out, checkpoint, start
 
 
 def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitStack) -> File:

@@ -4,7 +4,7 @@
 
 Batch n is a pure function of (seed, n, micro-batch), every example comes once an epoch, and no
 pickle is ever read. Images are in [-1, 1] for the network, latents as they are stored. Whoever has
-other data writes a class like `Cifar10` and a line in `sample.DATASETS`. Read next: `sample.py`."""
+other data writes a class like `Cifar10` and a line in `checkpoint.py`. Read next: `sample.py`."""
 
 import signal
 

@@ -43,12 +43,13 @@ from tqdm import tqdm
 
 import perflow
 import sample
+from checkpoint import DATASETS, load_weights, save, start_from
 from configure import compared, configure, make_parser
 from data import HELD_OUT, NOISE, seeded
 from options import Recipe, pick, ranks, reading
 from parallel import add_up, gathered, is_sharded, is_share, join, leave, replicated, sharded, share
 from rf import Field, squared_error
-from sample import DATASETS, Sampler, autocast
+from sample import Sampler, autocast
 
 
 # ---- The examples (z, t, target, *cond): a pure function of (seed, step, micro-batch)
@@ -105,8 +106,8 @@ class State:
 
     def load(self, checkpoint: dict, origin: File) -> None:
         """The moments are the checkpoint's, the settings of the optimizer are the recipe's."""
-        sample.load_weights(self.network, checkpoint["network"], origin)
-        sample.load_weights(self.average, checkpoint["ema"], origin)
+        load_weights(self.network, checkpoint["network"], origin)
+        load_weights(self.average, checkpoint["ema"], origin)
         self.step, moments = checkpoint["step"], checkpoint["optimizer"]["state"]
         for i, w in enumerate(self.network.parameters()) if self.step else ():
             shapes = [moments[i][key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
@@ -138,7 +139,7 @@ class State:
         state = {name: gathered(part.state_dict()) for name, part in parts.items()}
         config, losses = config or asdict(self.recipe) | own, [x.item() for x in self.losses]
         if ranks()[0] == 0:
-            sample.save(path, {"config": config, "step": self.step, "losses": losses, **state})
+            save(path, {"config": config, "step": self.step, "losses": losses, **state})
 
 
 def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run | None" = None):
@@ -388,7 +389,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     shard = partial(sharded, build, device, recipe.precision == "bf16")
     network = shard() if given.get("shard") else build().to(device)
     if start:
-        sample.start_from(network, start.network.state_dict(), whose)
+        start_from(network, start.network.state_dict(), whose)
     if empty:
         network.null_cond = empty
     del start  # a teacher stays
@@ -427,7 +428,7 @@ def finish(run: Run, out: File, teacher: Sampler | None) -> None:
         few, average = f" --steps {run.objective.fewest}", gathered(run.state.average.state_dict())
         if run.rank == 0:
             delta = perflow.delta(average, weights)
-            sample.save(out / "delta.pt", {"delta": delta, "config": run.config})
+            save(out / "delta.pt", {"delta": delta, "config": run.config})
             ratio = perflow.norm(delta) / perflow.norm(weights)
             print(f"{out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
     run.data.report(run.sampler, out, teacher)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 import perflow
+from checkpoint import start_from
 from data import Dataset
 from options import Count, Recipe, command, pick
 from rf import formulation
-from sample import Sampler, start_from
+from sample import Sampler
 from studies.runs import markdown, run_missing, shown
 from toy2d import GaussianMixture, Toy, load_mixture, yardsticks
 from train import State, batches, train

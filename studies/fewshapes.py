@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 
 import sample
+from checkpoint import digest
 from options import Recipe, command, pick
 from shapes import Shapes
 from studies.rivals import COUNTS, METHODS
@@ -54,7 +55,7 @@ def run(
     teacher = sample.load(checkpoint)
     if teacher.config["dataset"] != "shapes":
         raise ValueError(f"{checkpoint} is of {teacher.config['dataset']}, not of shapes")
-    known, steps = f"{sample.digest(teacher.network):08x}", Shapes.distil["steps"]
+    known, steps = f"{digest(teacher.network):08x}", Shapes.distil["steps"]
     jobs = [(known, name, lr, 0) for name in ("teacher", *METHODS)]
     work = partial(painted, steps=steps, checkpoint=checkpoint)
     runs = run_missing(out, jobs, work, steps, {"scores", "seconds"})

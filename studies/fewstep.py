@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sample
 import toy2d
+from checkpoint import load_weights, save
 from options import Count, Recipe, command
 from pictures import WARM, Canvas, hues, tile
 from rf import SOLVERS, Field, formulation, solve
@@ -59,9 +59,9 @@ def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     recipe = Recipe(**data.recipe(data.options) | {"seed": seed})
     if not file.exists():
         model = learned(None, data, formulation(recipe.formulation), recipe)
-        sample.save(file, model.network.state_dict())
+        save(file, model.network.state_dict())
     network = Toy.network(data.spec(), recipe).requires_grad_(False)
-    sample.load_weights(network, torch.load(file, weights_only=True), file)
+    load_weights(network, torch.load(file, weights_only=True), file)
     return Sampler(network, formulation(recipe.formulation), vars(recipe) | {"spec": data.spec()})
 
 

@@ -24,6 +24,8 @@ import data
 import sample
 import toy2d
 import train
+from checkpoint import save
+from perflow import PeRFlow
 from studies import bench, runs
 
 SHORT = ["--steps", 100, "--batch-size", 32]
@@ -79,7 +81,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch, capsys, quick):
 def test_a_temporary_file_has_the_number_of_its_process(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "save", lambda content, file: seen.append(Path(file.name).name))
-    sample.save(tmp_path / "checkpoint.pt", {})
+    save(tmp_path / "checkpoint.pt", {})
     assert seen == [f"checkpoint.{os.getpid()}.tmp"]
 
 
@@ -246,7 +248,7 @@ def test_a_huge_number_in_a_checkpoint_allocates_nothing(finished, tmp_path, mon
 
 def test_a_delta_is_checked_as_a_checkpoint_is(finished, tmp_path, monkeypatch, capsys):
     content = torch.load(finished[0] / "checkpoint.pt")
-    student = {"objective": "perflow", "teacher": "t.pt", **asdict(sample.PeRFlow.Options())}
+    student = {"objective": "perflow", "teacher": "t.pt", **asdict(PeRFlow.Options())}
     for change, says in (
         ({"windows": 10**9}, "windows 1000000000 is not"),
         ({"objective": None}, "no student"),

@@ -11,6 +11,8 @@ from PIL import Image
 from test_train import assert_one_line, in_process
 
 import sample
+from checkpoint import save
+from perflow import PeRFlow
 from rf import solve
 
 
@@ -124,10 +126,10 @@ def test_flags_that_do_not_go_together(finished, tmp_path, monkeypatch, capsys):
 
 def test_a_plugged_student_of_fixed_guidance_is_not_guided_again(finished, tmp_path):
     teacher = sample.load(finished[0] / "checkpoint.pt")
-    options = asdict(sample.PeRFlow.Options(guidance="fixed", teacher_cfg=3.0))
+    options = asdict(PeRFlow.Options(guidance="fixed", teacher_cfg=3.0))
     config = teacher.config | options | {"objective": "perflow", "teacher": "t.pt", "dropout": 0.0}
     delta = {key: torch.zeros_like(w) for key, w in teacher.network.state_dict().items()}
-    sample.save(tmp_path / "delta.pt", {"config": config, "delta": delta})
+    save(tmp_path / "delta.pt", {"config": config, "delta": delta})
     teacher.cfg = 3.0
     plugged = sample.plugged(teacher, tmp_path / "delta.pt")
     assert plugged.cfg == 1.0 and plugged.null_cond == ()

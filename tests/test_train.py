@@ -27,6 +27,7 @@ import data
 import sample
 import toy2d
 import train
+from checkpoint import save, start_from
 from configure import compared, configure
 from data import DATA, NOISE, Data, Dataset, Latents, seeded
 from options import Recipe
@@ -181,7 +182,7 @@ def test_kill_9_loses_nothing_20_times(tmp_path):
 
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    sample.save(path, {"step": 1})
+    save(path, {"step": 1})
 
     def full_disk(checkpoint, file):
         file.write(b"half")
@@ -189,7 +190,7 @@ def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        sample.save(path, {"step": 2})
+        save(path, {"step": 2})
     assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -742,11 +743,11 @@ def test_weights_start_on_another_size():
     )
     small, large = build(8), build(16)
     table = large.mmdit.pos_embed.clone()
-    sample.start_from(large, small.state_dict(), "the small one")
+    start_from(large, small.state_dict(), "the small one")
     assert torch.equal(large.mmdit.pos_embed, table)
     assert torch.equal(large.mmdit.x_embedder.proj.weight, small.mmdit.x_embedder.proj.weight)
     with pytest.raises(ValueError, match="the small one holds the weights of another network"):
-        sample.start_from(build(8, depth=2), small.state_dict(), "the small one")
+        start_from(build(8, depth=2), small.state_dict(), "the small one")
     with pytest.raises(ValueError, match="the large one holds the weights of another network"):
         sample.load_weights(small, large.state_dict(), "the large one")
 
