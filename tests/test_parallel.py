@@ -92,12 +92,12 @@ def test_shares_learn_what_replicas_learn(latents, tmp_path):
     run = lambda *how: [*flags, "--accumulate", 3, *at(*how)]
     again = lambda *how: ["--resume", "--data", latents, *at("handed", *how)]
     distil = ["--perflow", out["ddp"] / "checkpoint.pt", "--data", latents, "--shard"]
-    distil += ["--windows", 2, "--evaluations", 4, "--out", tmp_path / "student", "--steps", 2]
+    distil += ["--windows", 2, "--evaluations", 4, "--out", tmp_path / "student", "--steps", 1]
     bf16 = "--precision", "bf16"
     runs_of(
         tmp_path,
         (2, run("ddp", 20, "--compile"), run("whole", 20, "--shard"), run("handed", 5, "--shard"),
-         run("ddp16", 20, *bf16), run("whole16", 20, *bf16, "--shard"), [*distil, *flags[-2:]]),
+         run("ddp16", 10, *bf16), run("whole16", 10, *bf16, "--shard"), [*distil, *flags[-2:]]),
         (3, again(10, "--accumulate", 2, "--shard")),
         (1, again(20, "--accumulate", 6), [*flags, "--accumulate", 6, *at("alone", 20)]),
     )  # fmt: skip

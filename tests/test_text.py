@@ -381,8 +381,10 @@ def test_bad_captions_are_one_line(folder, captioned, tmp_path, monkeypatch, cap
     assert not (tmp_path / "x").exists()
 
 
-def learn(monkeypatch, out, *flags, lr=1e-12):
-    """Two steps, without an average of the weights."""
+def learn(monkeypatch, out, *flags, lr=1e-12, report=False):
+    """Two steps, without an average of the weights; pictures are drawn where a test is of them."""
+    if not report:
+        monkeypatch.setattr(Latents, "report", lambda *args: None)
     own, changes = Latents.recipe, dict(ema_every=1, ema_decay=0.0)
     monkeypatch.setattr(Latents, "recipe", staticmethod(lambda options: own(options) | changes))
     monkeypatch.setattr(Latents, "distil", Latents.distil | changes)
@@ -396,7 +398,8 @@ def test_a_model_trained_on_captions_draws_prompts(
 ):
     """What it pushes away from is what its training showed: zeros."""
     flags = ["--dataset", "latents", "--data", texts, "--depth", 1]
-    sampler = learn(monkeypatch, tmp_path / "run", *flags)
+    sampler = learn(monkeypatch, tmp_path / "run", *flags, report=True)
+    assert (tmp_path / "run" / "samples.png").exists()
     assert not any(null.any() for null in sampler.null_cond)
     cond, null_cond = Latents.encode(sampler.config["spec"], ["a cat"])
     assert null_cond is None
