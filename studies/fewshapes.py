@@ -1,6 +1,6 @@
 """Few steps from a caption: the methods of `studies.rivals` on shapes.
 
-    python -m studies.fewshapes runs/shapes/checkpoint.pt        half an hour on two cores
+    python -m studies.fewshapes runs/shapes/checkpoint.pt        an hour on two cores
 
 Each method learns once from the same teacher, with as many of its evaluations, rows and steps. The
 exact reader says how often all that a caption tells is right in what its student paints."""
