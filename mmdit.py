@@ -180,6 +180,9 @@ class MMDiT(nn.Module):
         blocks = (JointBlock(self.width, qk_norm, i == depth - 1, shared) for i in range(depth))
         self.joint_blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(self.width, patch_size**2 * in_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
         for name, layer in self.named_modules():
             self.initialize_layer(name, layer)
 

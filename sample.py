@@ -141,11 +141,12 @@ def load_released(path: str, device: torch.device) -> Sampler:
     Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
     smallest sigma twice and ends with a step from 0.009 to 0."""
     spec, state = text.read_released(path)
-    kind, dtype = ("bf16", torch.bfloat16) if device.type == "cuda" else ("fp32", torch.float32)
+    gpu = device.type == "cuda"
+    precision, dtype = ("bf16", torch.bfloat16) if gpu else ("fp32", torch.float32)
     state = {key: w.to(dtype) for key, w in state.items()}
     text.reserve("the network", sum(w.nbytes for w in state.values()), device)
     depth = len(state["x_embedder.proj.bias"]) // HEAD_DIM
-    recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=kind)
+    recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=precision)
     config = asdict(recipe) | dict(dataset="latents", objective=None, teacher=None, spec=spec)
     with torch.device("meta"):
         network = Latents.network(spec, recipe)

@@ -52,8 +52,7 @@ class CrossDiT(MMDiT):
     def __init__(self, depth: int, qk_norm: bool = False, **shape):
         super().__init__(depth, **shape)
         self.joint_blocks = nn.ModuleList(CrossBlock(self.width, qk_norm) for _ in range(depth))
-        for name, layer in self.named_modules():
-            self.initialize_layer(name, layer)
+        self._initialize()
         for block in self.joint_blocks:  # so that each block starts as the identity
             nn.init.zeros_(block.proj.weight)
 

@@ -18,8 +18,9 @@ from torch.utils.benchmark import Timer
 import toy2d
 from mmdit import MMDiT
 from options import Count, Recipe, command
+from parallel import check_device
 from rf import formulation
-from sample import autocast, check_device
+from sample import autocast
 from studies.plan import PAPER, planned
 from train import State, batches, train, training_flops
 

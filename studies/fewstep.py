@@ -150,6 +150,22 @@ def draw(runs: list[dict], mixture: str):
     return tile([panels[:7], panels[7:]])
 
 
+def report(mixture: str, bases: list[dict], scan: list[dict], runs: list[dict], out: File) -> None:
+    print(f"\n{mixture}: energy distance above the exact field's, by evaluations\n")
+    print(table(bases, runs))
+    floor = shown([base["floor"] for base in bases], ".1e")
+    print(f"\nThe teachers themselves have {floor} in 50 steps of Heun.")
+    print(f"\n{mixture}: the scans, in the fewest evaluations; times the middle one\n")
+    rows = [["method", "middle", *(f"{factor:g}" for factor in FACTORS)]]
+    for name, method in METHODS.items():
+        values = [energy(run) for run in scan if run["job"][1] == name]
+        rows.append([name, f"{method.lr:g}", *(toy2d.shown(v, ".1e") for v in values)])
+    print(markdown(*rows))
+    file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
+    draw(runs[: len(METHODS)], mixture).save(file)
+    print(f"\nwrote {file}")
+
+
 def run(
     mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
     seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
@@ -174,20 +190,8 @@ def run(
     jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
     runs = make(jobs=jobs, work=work, keys=keys)
     for mixture in mixtures:
-        own = lambda runs, mixture=mixture: [run for run in runs if run["job"][0] == mixture]
-        print(f"\n{mixture}: energy distance above the exact field's, by evaluations\n")
-        print(table(own(bases), own(runs)))
-        floor = shown([base["floor"] for base in own(bases)], ".1e")
-        print(f"\nThe teachers themselves have {floor} in 50 steps of Heun.")
-        print(f"\n{mixture}: the scans, in the fewest evaluations; times the middle one\n")
-        rows = [["method", "middle", *(f"{factor:g}" for factor in FACTORS)]]
-        for name, method in METHODS.items():
-            values = [energy(r) for r in own(scan) if r["job"][1] == name]
-            rows.append([name, f"{method.lr:g}", *(toy2d.shown(v, ".1e") for v in values)])
-        print(markdown(*rows))
-        file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
-        draw(own(runs)[: len(METHODS)], mixture).save(file)
-        print(f"\nwrote {file}")
+        own = ([run for run in part if run["job"][0] == mixture] for part in (bases, scan, runs))
+        report(mixture, *own, out)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class DMD(Match):
     """Yin et al. 2023: the critic is a flow of what f draws, and x moves from its x0_hat to the
-    teacher's. Their norm is a mean over a picture; two coordinates have the batch's instead.
-    Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
+    teacher's. Theirs is divided by the mean over each picture; two coordinates are too few for
+    that, so ours is divided by the batch's. Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
 
     def __init__(self, teacher: Field, *how, **more):
         super().__init__(*how, **more)

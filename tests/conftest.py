@@ -37,6 +37,18 @@ def latents(tmp_path_factory):
 
 
 @pytest.fixture
+def kill_a_rank():
+    """Kill -9 for one of a torchrun job's ranks, after which the job must end and fail."""
+
+    def kill(job: subprocess.Popen) -> None:
+        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert job.wait(timeout=60) != 0
+
+    return kill
+
+
+@pytest.fixture
 def own_process():
     """For tests that run train.main() in this process: its signal handlers and threads go back."""
     numbers = (signal.SIGINT, signal.SIGTERM)

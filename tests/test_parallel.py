@@ -97,7 +97,7 @@ def test_shares_learn_what_replicas_learn(latents, tmp_path):
     runs_of(
         tmp_path,
         (2, run("ddp", 20, "--compile"), run("whole", 20, "--shard"), run("handed", 5, "--shard"),
-         run("ddp16", 10, *bf16), run("whole16", 10, *bf16, "--shard"), [*distil, *flags[-2:]]),
+         run("ddp16", 20, *bf16), run("whole16", 20, *bf16, "--shard"), [*distil, *flags[-2:]]),
         (3, again(10, "--accumulate", 2, "--shard")),
         (1, again(20, "--accumulate", 6), [*flags, "--accumulate", 6, *at("alone", 20)]),
     )  # fmt: skip
