@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -12,16 +13,33 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identical runs are promised for a
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """One whole conditional run on the toy, as a user starts it: its folder, its output."""
+def pytest_collection_finish():
+    gc.freeze()  # the modules are no garbage: they need not be looked through again and again
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, tmp_path_factory):
+    """The run of `finished`, if a test asks for it, goes on beside the tests before that."""
+    if not any("finished" in test.fixturenames for test in request.session.items):
+        yield
+        return
     out = tmp_path_factory.mktemp("run") / "whole"
     script = Path(__file__).parent.parent / "train.py"
     flags = f"--dataset toy2d --conditional --steps 450 --batch-size 32 --seed 3 --out {out}"
-    command = [sys.executable, script, *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, script, *flags.split()], **pipes)
+    yield out, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def finished(begun):
+    """One whole conditional run on the toy, as a user starts it: its folder, its output."""
+    out, process = begun
+    told = process.communicate(timeout=300)
+    assert process.returncode == 0, told[1]
+    return out, subprocess.CompletedProcess(process.args, 0, *told)
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_an_unknown_data_set_in_a_checkpoint_is_one_line(
 ):
     with monkeypatch.context() as patch:
         patch.setitem(sample.DATASETS, "digits", Digits)
+        patch.setattr(Digits, "report", lambda *args: None)
         run(patch, "--dataset", "digits", "--out", tmp_path / "run")
     capsys.readouterr()
     args = [tmp_path / "run" / "checkpoint.pt"]

@@ -155,7 +155,9 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     assert said[2].startswith("| slow |") and f"| {fast['10°']:.1f} |" in said[3]
 
 
-def test_bench_prints_its_two_tables(capsys):
+def test_bench_prints_its_two_tables(capsys, monkeypatch):
+    recipe = toy2d.Toy.recipe
+    monkeypatch.setattr(toy2d.Toy, "recipe", staticmethod(lambda o: recipe(o) | {"block": 5}))
     bench.run(rounds=1, depth=1, context=4, batch_size=1)
     printed = capsys.readouterr().out
     assert "train.py" in printed and "bare loop" in printed and "MM-DiT depth 1" in printed

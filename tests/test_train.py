@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import QUICK, TINY
 from test_rf import every_formulation
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,29 +49,15 @@ FAST = """
 import sys; sys.path.insert(0, {root!r})
 import toy2d, train
 recipe = toy2d.Toy.recipe
-toy2d.Toy.recipe = staticmethod(lambda options: recipe(options) | dict({changes}))
+toy2d.Toy.recipe = staticmethod(lambda options: recipe(options) | {changes})
 toy2d.Toy.report = lambda *args: 0
 train.main()
 """
 
 
-def fast_command(*args, changes=""):
+def fast_command(*args, changes):
     """The same, changed in its recipe and without the table and the pictures at the end."""
     return [sys.executable, "-c", FAST.format(root=str(ROOT), changes=changes), *map(str, args)]
-
-
-def run(*args, script="train.py", **kwargs):
-    return subprocess.run(
-        command(*args, script=script), capture_output=True, text=True, timeout=300, **kwargs
-    )
-
-
-def run_together(*commands):
-    """Side by side, to the end; each must end well."""
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for process in [subprocess.Popen(command, **pipes) for command in commands]:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr[-2000:]
 
 
 def same(a, b):
@@ -119,25 +107,28 @@ def test_a_run_leaves_everything(finished):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, own_process, number):
+def test_stopped_and_resumed_is_bit_identical(
+    finished, tmp_path, monkeypatch, capsys, own_process, number
+):
     """A signal saves and says how to resume; all ends as the uninterrupted run's."""
     whole, _ = finished
     out = tmp_path / "part"
     flags = ["--dataset", "toy2d", "--conditional", "--out", out, *SHORT, "--seed", 3]
-    process = subprocess.Popen(
-        fast_command(*flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        time.sleep(0.01)
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and f"--resume --out {out}" in stdout
+    log = train.Run.log
+
+    def log_and_kill(run, *args):
+        log(run, *args)
+        if not run.signals:  # a second one would end this process
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", log_and_kill)
+        done = in_process(train.main, flags, tmp_path, monkeypatch, capsys)
+    assert done.returncode == 128 + number and f"--resume --out {out}" in done.stdout
     step = sample.read(out / "checkpoint.pt")["step"]
-    assert 0 < step <= 450 and f"saved step {step}" in stdout
-    with (out / "log.jsonl").open(
-        "a"
-    ) as log:  # what a kill might leave behind: a later and a half line
-        log.write('{"step": 9000, "loss": 1}\n{"ste')
+    assert 0 < step < 450 and f"saved step {step}" in done.stdout
+    with (out / "log.jsonl").open("a") as file:  # a kill may leave a later and a half line
+        file.write('{"step": 9000, "loss": 1}\n{"ste')
     monkeypatch.setattr(Toy, "report", lambda *args: 0)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(out)])
     train.main()
@@ -145,13 +136,14 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, o
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
-def kill_and_resume(tmp_path, kills):
+def kill_and_resume(kills, tmp_path, monkeypatch):
     """kill -9 at random moments (each log line is saved here): it ends as if never killed."""
-    often = "block=5, log_every=5, save_every=5, eval_every=500"
+    often = dict(block=5, log_every=5, save_every=5, eval_every=500)
     flags = ["--dataset", "toy2d", "--steps", 300 * kills, "--batch-size", 16]
-    out, rng = tmp_path / "killed", random.Random(0)
+    out, whole, rng = tmp_path / "killed", tmp_path / "whole", random.Random(0)
+    resume = ["--resume", "--out", out]
     for kill in range(kills):
-        args = [*flags, "--out", out] if kill == 0 else ["--resume", "--out", out]
+        args = resume if kill else [*flags, "--out", out]
         before = sample.read(out / "checkpoint.pt")["step"] if kill else 0
         process = subprocess.Popen(fast_command(*args, changes=often), stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
@@ -162,22 +154,24 @@ def kill_and_resume(tmp_path, kills):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert sample.read(out / "checkpoint.pt")["step"] > before
-    last = ["--resume", "--out", out], [*flags, "--out", tmp_path / "whole"]
-    run_together(*(fast_command(*args, changes=often) for args in last))
-    assert same(
-        sample.read(out / "checkpoint.pt"), sample.read(tmp_path / "whole" / "checkpoint.pt")
-    )
-    assert (out / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    recipe = Toy.recipe
+    monkeypatch.setattr(Toy, "recipe", staticmethod(lambda options: recipe(options) | often))
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
+    for args in (resume, [*flags, "--out", whole]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        train.main()
+    assert same(sample.read(out / "checkpoint.pt"), sample.read(whole / "checkpoint.pt"))
+    assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     assert not (out / "checkpoint.tmp").exists()
 
 
-def test_kill_9_loses_nothing(tmp_path):
-    kill_and_resume(tmp_path, 2)
+def test_kill_9_loses_nothing(tmp_path, monkeypatch, own_process):
+    kill_and_resume(2, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_kill_9_loses_nothing_20_times(tmp_path):
-    kill_and_resume(tmp_path, 20)
+def test_kill_9_loses_nothing_20_times(tmp_path, monkeypatch, own_process):
+    kill_and_resume(20, tmp_path, monkeypatch)
 
 
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -355,49 +349,45 @@ def test_validation_loss_is_at_the_8_midpoints():
 # ---- images, ranks, accumulation
 
 
-TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
-IMAGE_CHANGES = "log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10, "
-IMAGE_CHANGES += "ema_decay=0.9, ema_every=1"
+@pytest.fixture
+def quick_latents(monkeypatch, own_process):
+    """train.main() on latents in this process, with a quick recipe and no report."""
+    recipe = Latents.recipe
+    monkeypatch.setattr(Latents, "recipe", staticmethod(lambda options: recipe(options) | QUICK))
+    monkeypatch.setattr(Latents, "report", lambda *args: None)
+    eager = functools.partial(torch.compile, backend="eager")  # no C++ compiler
+    monkeypatch.setattr(torch, "compile", eager)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "latents", *map(str, flags)])
+        train.main()
+
+    return run
 
 
-def latents_command(folder, out, *flags, ranks=0):
-    """Through a file, so that torchrun can start it too."""
-    script = out.parent / "latents_train.py"
+def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path, kill_a_rank, quick_latents):
+    out, script = tmp_path / "killed", tmp_path / "train_latents.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import functools, torch, data, train\ntorch.set_num_threads(1)\n"
-        "torch.compile = functools.partial(torch.compile, backend='eager')\n"  # no C++ compiler
-        "recipe, data.Dataset.report = data.Latents.recipe, lambda *a: None\n"
-        f"data.Latents.recipe = staticmethod(lambda o: recipe(o) | dict({IMAGE_CHANGES}))\n"
-        "train.main()\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import ranks\nranks.quick(ranks.data.Latents)\nranks.train.main()\n"
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * bool(
-        ranks
-    )
-    flags = ["--dataset", "latents", "--data", str(folder), "--out", str(out), *TINY, *flags]
-    return [sys.executable, *launch, str(script), *flags]
-
-
-def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path, kill_a_rank):
-    out = tmp_path / "killed"
-    command = latents_command(latents, out, "--steps", "4000", "--shard", ranks=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--data", str(latents), "--out", str(out), *TINY]
+    command = [*launch, str(script), "--dataset", "latents", *flags, "--shard", "--steps", "4000"]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert job.poll() is None
         time.sleep(0.05)
     kill_a_rank(job)
     step = sample.read(out / "checkpoint.pt")["step"]
-    command = latents_command(latents, out, "--steps", str(step + 10), "--resume")
-    subprocess.run([*command, "--accumulate", "2"], check=True, capture_output=True, timeout=120)
+    quick_latents(*flags, "--steps", step + 10, "--resume", "--accumulate", 2)
     assert sample.read(out / "checkpoint.pt")["step"] == step + 10
 
 
-def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch):
+def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch, quick_latents):
     """The loss falls, the checkpoint has no prefixes, sample.py writes latents as ADM's layout."""
-    flags = ["--steps", "60", "--precision", "bf16", "--compile"]
-    command = latents_command(latents, tmp_path / "run", *flags)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = ["--steps", 60, *TINY, "--precision", "bf16", "--compile"]
+    quick_latents("--data", latents, "--out", tmp_path / "run", *flags)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_loss"] < 1.6
     out, checkpoint = tmp_path / "x.npz", tmp_path / "run" / "checkpoint.pt"
@@ -406,15 +396,8 @@ def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch
     )
     sample.main()
     arrays = np.load(out)
-    assert arrays["arr_0"].shape == (7, 4, 4, 4) and arrays["arr_1"].tolist() == [
-        0,
-        1,
-        2,
-        0,
-        1,
-        2,
-        0,
-    ]
+    assert arrays["arr_0"].shape == (7, 4, 4, 4)
+    assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_toy_on_mmdit(tmp_path, monkeypatch, own_process):
@@ -611,8 +594,15 @@ def test_download_comes_before_the_data_are_read(tmp_path, monkeypatch, capsys):
 
 
 def test_bad_input_as_a_real_process(tmp_path):
-    assert_one_line(run("--dataset", "mnist", cwd=tmp_path), "'mnist'")
-    assert_one_line(run("none.pt", script="sample.py", cwd=tmp_path), "none.pt", "No such file")
+    how = dict(stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    train, sample = (
+        subprocess.Popen(args, **how)
+        for args in (command("--dataset", "mnist"), command("none.pt", script="sample.py"))
+    )
+    for process, *says in ((train, "'mnist'"), (sample, "none.pt", "No such file")):
+        _, stderr = process.communicate(timeout=300)
+        done = subprocess.CompletedProcess(process.args, process.returncode, stderr=stderr)
+        assert_one_line(done, *says)
 
 
 def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, capsys):

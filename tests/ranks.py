@@ -1,0 +1,94 @@
+"""`python ranks.py LATENTS OUT`: runs by several ranks, which test_parallel.py compares.
+
+Ranks are forked: the imports of torchrun's would take longer than the runs."""
+
+import functools
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch._dynamo  # here, once for all ranks
+import torch.distributed as dist
+import torch.distributed.fsdp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import train
+from mmdit import MMDiT
+
+torch.set_num_threads(1)
+TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
+QUICK = dict(log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10)
+QUICK |= dict(ema_decay=0.9, ema_every=1)
+
+
+def quick(data_set, **changes):
+    """A data set with a quick recipe and no report."""
+    recipe = data_set.recipe
+    data_set.recipe = staticmethod(lambda options: recipe(options) | QUICK | changes)
+    data_set.report = lambda *args: None
+
+
+def stages(latents: str, out: Path) -> list[list]:
+    """Each is [number of ranks, run, run, ...], a run the arguments of train.py; its folder has its
+    name."""
+    at = lambda name, steps, *more: ["--out", out / name, "--steps", steps, *more]
+    new = ["--dataset", "latents", "--data", latents, *TINY, "--batch-size", 24]
+    deep = lambda name, *more: [*new, "--depth", 2, *at(name, 20, *more)]
+    six = lambda *how: [*new, "--accumulate", 3, *at(*how)]  # micro-batches on two ranks
+    again = lambda *how: ["--resume", "--data", latents, *at("handed", *how)]
+    distil = ["--perflow", out / "ddp6" / "checkpoint.pt", "--data", latents, "--shard"]
+    distil += ["--windows", 2, "--evaluations", 4, "--batch-size", 24, *at("student", 1)]
+    bf16 = "--precision", "bf16"
+    return [
+        [2, deep("ddp", "--compile"), deep("whole", "--shard"), six("ddp6", 20),
+         deep("ddp16", *bf16), deep("whole16", *bf16, "--shard"), six("handed", 5, "--shard"),
+         distil],
+        [3, again(10, "--accumulate", 2, "--shard")],
+        [1, again(20, "--accumulate", 6), deep("alone", "--accumulate", 2)],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    torch.compile = functools.partial(torch.compile, backend="eager")  # no C++ compiler
+    quick(data.Latents, eps=1e-8, save_every=20)
+    start = MMDiT.__init__
+
+    def checkpointed(self, *args, **how):
+        start(self, *args, **how)
+        self.checkpointing = True
+
+    MMDiT.__init__ = checkpointed
+    join, leave = train.join, train.leave  # one group for all runs of a stage
+    train.join = lambda device: dist.is_initialized() or join(device)
+    train.leave = lambda: None
+    for world, *runs in stages(sys.argv[1], Path(sys.argv[2])):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        os.environ |= dict(WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        ranks = []
+        for rank in range(world):
+            pid = os.fork()  # nothing has been computed yet
+            if pid:
+                ranks.append(pid)
+                continue
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            try:
+                for run in runs:
+                    sys.argv = ["train.py", *map(str, run)]
+                    train.main()
+                leave()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if any([os.waitpid(pid, 0)[1] for pid in ranks]):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
