@@ -10,7 +10,9 @@ import pytest
 import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identical runs are promised for a CPU only
-torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
+# the tests' tensors are small: more threads only wait for one another, here and in what is started
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def pytest_collection_finish():

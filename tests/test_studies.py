@@ -1,5 +1,6 @@
 """The study's arithmetic on hand-made runs, its resume, and that its table comes from the files."""
 
+import functools
 import json
 import math
 from functools import partial
@@ -96,15 +97,18 @@ def test_file_names_of_all_formulations_differ(tmp_path):
     assert len({runs.run_file(tmp_path, (name, "ring", 0)) for name in STUDY}) == 61
 
 
+@functools.cache
+def exact_ring(name, steps, method):
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    return exact.exact_samples(formulation(name), load_mixture("ring"), noise, steps, method)
+
+
 @pytest.mark.parametrize("method", ["first order", "heun", "rk4"])
 @pytest.mark.parametrize("name", ["rf", "v/cos", "edm/rf"])
 def test_exact_samples_converge_to_the_same_points(name, method):
     """More steps of any solver on any path bring the same noise to the mixture's modes."""
-    mixture = load_mixture("ring")
-    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-    x = exact.exact_samples(formulation(name), mixture, noise, 100, method)
-    assert (toy2d.mahalanobis(x, mixture).min(1).values < 5).float().mean() > 0.95
-    with_rf = exact.exact_samples(formulation("rf"), mixture, noise, 200, "rk4")
+    x, with_rf = exact_ring(name, 100, method), exact_ring("rf", 200, "rk4")
+    assert (toy2d.mahalanobis(x, load_mixture("ring")).min(1).values < 5).float().mean() > 0.95
     assert (x - with_rf).norm(dim=1).median() < (0.1 if method == "first order" else 0.02)
 
 
