@@ -463,18 +463,17 @@ def test_workers_of_the_study_end_with_their_parent(tmp_path):
 
 
 # ---- 11. Signals
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "data.py"])
-def test_ctrl_c_during_the_imports_is_silent(script, tmp_path):
+def test_ctrl_c_during_the_imports_is_silent(tmp_path):
     (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    how = dict(env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    done = subprocess.run(command(script=script), **how)
-    assert done.returncode == -signal.SIGINT and done.stderr == ""
+    how = dict(env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+    scripts = "train.py", "sample.py", "data.py"
+    for process in [subprocess.Popen(command(script=script), **how) for script in scripts]:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGINT and stderr == "", process.args
 
 
-def test_a_second_signal_ends_at_once_and_leaves_no_half_file(tmp_path):
-    script = f"""
-import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, train
+SIGNALS = {
+    "two, the second in the middle of a save": """
 save, calls = torch.save, []
 def interrupted(content, file):
     calls.append(1)
@@ -483,13 +482,44 @@ def interrupted(content, file):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 torch.save = interrupted
-train.main()
-"""
-    args = [sys.executable, "-c", script, *map(str, SHORT), "--out", str(tmp_path / "run")]
-    done = subprocess.run(args, capture_output=True, text=True)
+""",
+    "one, where steps take two seconds by the run's clock": """
+clock, step, late = time.perf_counter, torch.optim.AdamW.step, []
+time.perf_counter = lambda: clock() + 2 * len(late)
+torch.optim.AdamW.step = lambda self, *args: (step(self, *args), late.append(print("step")),
+    len(late) == 1 and os.kill(os.getpid(), signal.SIGINT))
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory):
+    """Real runs that send themselves signals, side by side: their folders and what became of
+    them."""
+    begun, pipes = [], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for change in SIGNALS.values():
+        out = tmp_path_factory.mktemp("signalled") / "run"
+        code = (
+            f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train"
+        )
+        args = [sys.executable, "-c", f"{code}\n{change}\ntrain.main()", *SHORT, "--out", out]
+        begun.append((out, subprocess.Popen([*map(str, args)], **pipes)))
+    told = [process.communicate(timeout=300) for _, process in begun]
+    ended = lambda p, texts: subprocess.CompletedProcess(p.args, p.returncode, *texts)
+    return [(out, ended(p, texts)) for (out, p), texts in zip(begun, told, strict=True)]
+
+
+def test_a_second_signal_ends_at_once_and_leaves_no_half_file(signalled):
+    (out, done), _ = signalled
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "log.jsonl"}
-    assert sample.read(tmp_path / "run/checkpoint.pt")["step"] == 0
+    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "log.jsonl"}
+    assert sample.read(out / "checkpoint.pt")["step"] == 0
+
+
+def test_a_stop_waits_for_one_step_where_steps_are_long(signalled):
+    _, (out, done) = signalled
+    assert done.returncode == 130 and done.stdout.count("step\n") == 1, done.stderr
+    assert sample.read(out / "checkpoint.pt")["step"] == 1
 
 
 def test_an_early_stop_leaves_the_log_as_it_would_have_been(tmp_path, monkeypatch, quick):
@@ -507,23 +537,6 @@ def test_an_early_stop_leaves_the_log_as_it_would_have_been(tmp_path, monkeypatc
     trained(["--resume", "--out", "part"], tmp_path, monkeypatch)
     logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "part")]
     assert logs[0] == logs[1]
-
-
-def test_a_stop_waits_for_one_step_where_steps_are_long(tmp_path):
-    """In a real process, whose steps take two seconds by its own clock."""
-    script = f"""
-import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})
-import torch, train
-clock, step, late = time.perf_counter, torch.optim.AdamW.step, []
-time.perf_counter = lambda: clock() + 2 * len(late)
-torch.optim.AdamW.step = lambda self, *args: (step(self, *args), late.append(print("step")),
-    len(late) == 1 and os.kill(os.getpid(), signal.SIGINT))
-train.main()
-"""
-    args = [sys.executable, "-c", script, "--batch-size", "32", "--out", str(tmp_path / "run")]
-    done = subprocess.run(args, capture_output=True, text=True)
-    assert done.returncode == 130 and done.stdout.count("step\n") == 1, done.stderr
-    assert sample.read(tmp_path / "run/checkpoint.pt")["step"] == 1
 
 
 def test_a_refused_pickle_is_told_in_plain_words(tmp_path, monkeypatch, capsys):
