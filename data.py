@@ -705,6 +705,25 @@ def latents_of(model, images: np.ndarray, meta: dict, device: torch.device, bf16
     return (z - meta["shift"]) * meta["scaling"]
 
 
+def read_ahead(
+    files: list[File], starts: list[int], batch_size: int, size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(i, uint8 (B,3,size,size)) for the batches that start at these i, the next of which is read
+    meanwhile. ValueError names all pictures from i on that cannot be read."""
+    with ThreadPoolExecutor(8) as threads:
+        read = lambda i: [threads.submit(load_image, f, size) for f in files[i : i + batch_size]]
+        following, coming = [*starts[1:], len(files)], read(starts[0]) if starts else []
+        for i, after in zip(starts, following, strict=False):
+            pictures, coming = coming, read(after)
+            try:
+                x = np.stack([picture.result() for picture in pictures])
+            except Exception:
+                bad = [*filter(None, threads.map(lambda file: fault(file, size), files[i:]))]
+                what = f"{len(bad)} pictures cannot be read; replace them to go on"
+                raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
+            yield i, x
+
+
 @torch.no_grad()
 def encode(
     *,
@@ -753,25 +772,15 @@ def encode(
             begin(out, meta, empty if text else labels)
         meet()
         work = stack.enter_context(contextlib.ExitStack())  # ends before the lock does
-        threads = work.enter_context(ThreadPoolExecutor(8))
         done, write = work.enter_context(growing(out, shapes, len(files)))
         starts = [*range(0, len(files), batch_size)][rank::world]
         todo = [i for i in starts if not done[i : i + batch_size].all()]
-        ahead = lambda i: [threads.submit(load_image, f, size) for f in files[i : i + batch_size]]
-        following, where = [*todo, len(files)], torch.device(device)
-        coming = ahead(following[0])
-        bar = tqdm(todo, str(out), len(starts), initial=len(starts) - len(todo), unit="batch")
-        for k, i in enumerate(bar):
-            pictures, coming = coming, ahead(following[k + 1])
-            try:
-                x = np.stack([picture.result() for picture in pictures])
-            except Exception:
-                bad = [*filter(None, threads.map(lambda file: fault(file, size), files[i:]))]
-                what = f"{len(bad)} pictures cannot be read; replace them to go on"
-                raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
+        pictures = read_ahead(files, todo, batch_size, size)
+        work.enter_context(contextlib.closing(pictures))
+        where, known = torch.device(device), len(starts) - len(todo)
+        for i, x in tqdm(pictures, str(out), len(starts), initial=known, unit="batch"):
             z = latents_of(model, x, meta, where, bf16=where.type == "cuda")
-            texts = encoder(told[i : i + batch_size]) if text else ()
-            write(i, [z, *texts])
+            write(i, [z, *(encoder(told[i : i + batch_size]) if text else ())])
         work.close()
         meet()
         if rank == 0:
