@@ -712,8 +712,9 @@ def read_ahead(
     meanwhile. ValueError names all pictures from i on that cannot be read."""
     with ThreadPoolExecutor(8) as threads:
         read = lambda i: [threads.submit(load_image, f, size) for f in files[i : i + batch_size]]
-        following, coming = [*starts[1:], len(files)], read(starts[0]) if starts else []
-        for i, after in zip(starts, following, strict=False):
+        following = [*starts, len(files)]
+        coming = read(following[0])
+        for i, after in zip(starts, following[1:], strict=True):
             pictures, coming = coming, read(after)
             try:
                 x = np.stack([picture.result() for picture in pictures])
@@ -780,7 +781,8 @@ def encode(
         where, known = torch.device(device), len(starts) - len(todo)
         for i, x in tqdm(pictures, str(out), len(starts), initial=known, unit="batch"):
             z = latents_of(model, x, meta, where, bf16=where.type == "cuda")
-            write(i, [z, *(encoder(told[i : i + batch_size]) if text else ())])
+            texts = encoder(told[i : i + batch_size]) if text else ()
+            write(i, [z, *texts])
         work.close()
         meet()
         if rank == 0:

@@ -25,11 +25,13 @@ QUICK = dict(log_every=5, save_every=5, eval_every=1000, warmup=1, validation=10
 QUICK |= dict(ema_decay=0.9, ema_every=1)
 
 
-def quick(data_set, **changes):
-    """A data set with a quick recipe and no report."""
+def quick(data_set, setattr=setattr, **changes):
+    """The data set gets a quick recipe and no report, and compiling needs no C++ compiler."""
     recipe = data_set.recipe
-    data_set.recipe = staticmethod(lambda options: recipe(options) | QUICK | changes)
-    data_set.report = lambda *args: None
+    changed = lambda options: recipe(options) | QUICK | changes
+    setattr(data_set, "recipe", staticmethod(changed))
+    setattr(data_set, "report", lambda *args: None)
+    setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 def stages(latents: str, out: Path) -> list[list]:
@@ -53,7 +55,6 @@ def stages(latents: str, out: Path) -> list[list]:
 
 
 def main() -> None:
-    torch.compile = functools.partial(torch.compile, backend="eager")  # no C++ compiler
     quick(data.Latents, eps=1e-8, save_every=20)
     start = MMDiT.__init__
 

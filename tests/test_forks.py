@@ -2,7 +2,6 @@
 of the house: A a data set, B a formulation, C an objective with a moving target, D library use."""
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import test_rf
 import test_train
 import torch
 from PIL import Image
-from test_train import assert_one_line, in_process, same
+from test_train import assert_one_line, in_process, run, same
 from torch import nn
 
 import data
@@ -44,11 +43,6 @@ class Digits(data.Dataset):
     def recipe(options):
         quick = dict(steps=12, batch_size=16, warmup=1, log_every=3, eval_every=6, save_every=6)
         return dict(depth=1, lr=1e-3, validation=10, ema_every=1) | quick
-
-
-def run(monkeypatch, *args, main=train.main):
-    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, args)])
-    main()
 
 
 @pytest.mark.parametrize("flags", [[], ["--unlabelled"]], ids=["labelled", "unlabelled"])

@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import ROOT, assert_one_line, command, fast_command, in_process, same
+from test_train import (
+    ROOT,
+    assert_one_line,
+    command,
+    fast_command,
+    in_process,
+    run,
+    run_together,
+    same,
+)
 
 import data
 import sample
@@ -42,8 +51,7 @@ def quick(monkeypatch, own_process):
 def trained(args, tmp_path, monkeypatch):
     """train.py in this process, to a good end."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    train.main()
+    run(monkeypatch, *args)
 
 
 def started(*args, cwd):
@@ -465,11 +473,9 @@ def test_workers_of_the_study_end_with_their_parent(tmp_path):
 # ---- 11. Signals
 def test_ctrl_c_during_the_imports_is_silent(tmp_path):
     (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    how = dict(env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
-    scripts = "train.py", "sample.py", "data.py"
-    for process in [subprocess.Popen(command(script=script), **how) for script in scripts]:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGINT and stderr == "", process.args
+    commands = [command(script=script) for script in ("train.py", "sample.py", "data.py")]
+    for done in run_together(*commands, env=os.environ | {"PYTHONPATH": str(tmp_path)}):
+        assert done.returncode == -signal.SIGINT and done.stderr == "", done.args
 
 
 SIGNALS = {
@@ -494,19 +500,14 @@ torch.optim.AdamW.step = lambda self, *args: (step(self, *args), late.append(pri
 
 @pytest.fixture(scope="module")
 def signalled(tmp_path_factory):
-    """Real runs that send themselves signals, side by side: their folders and what became of
-    them."""
-    begun, pipes = [], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for change in SIGNALS.values():
-        out = tmp_path_factory.mktemp("signalled") / "run"
-        code = (
-            f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train"
-        )
-        args = [sys.executable, "-c", f"{code}\n{change}\ntrain.main()", *SHORT, "--out", out]
-        begun.append((out, subprocess.Popen([*map(str, args)], **pipes)))
-    told = [process.communicate(timeout=300) for _, process in begun]
-    ended = lambda p, texts: subprocess.CompletedProcess(p.args, p.returncode, *texts)
-    return [(out, ended(p, texts)) for (out, p), texts in zip(begun, told, strict=True)]
+    """Real runs that send themselves signals, side by side: (folder, what became of it) of each."""
+    outs = [tmp_path_factory.mktemp("signalled") / "run" for _ in SIGNALS]
+    start = f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r}); import torch, train"
+    commands = (
+        [sys.executable, "-c", f"{start}\n{change}\ntrain.main()", *SHORT, "--out", out]
+        for change, out in zip(SIGNALS.values(), outs, strict=True)
+    )
+    return [*zip(outs, run_together(*commands), strict=True)]
 
 
 def test_a_second_signal_ends_at_once_and_leaves_no_half_file(signalled):

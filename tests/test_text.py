@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 
 from PIL import Image  # noqa: E402
-from test_train import assert_one_line, in_process  # noqa: E402
+from test_train import assert_one_line, in_process, run  # noqa: E402
 
 import data  # noqa: E402
 import sample  # noqa: E402
@@ -160,7 +160,7 @@ def test_a_transformers_file_needs_no_transformer_folder(folder, tmp_path, monke
     (alone / "transformer/diffusion_pytorch_model.safetensors").rename(alone / "sd3.safetensors")
     shutil.rmtree(alone / "transformer")
     flags = ["--prompt", "a cat", "--steps", 1, "--size", 16, "--out", tmp_path / "x.npz"]
-    run(monkeypatch, sample.main, alone / "sd3.safetensors", *flags)
+    run(monkeypatch, alone / "sd3.safetensors", *flags, main=sample.main)
     inside = folder / "transformer/diffusion_pytorch_model.safetensors"
     assert sample.load(inside).config["spec"]["meta"]["vae"] == f"{folder}/vae"
 
@@ -221,24 +221,19 @@ def test_our_grid_is_uniform_and_shifted_once(folder, pipeline):
 # ---- through the commands
 
 
-def run(monkeypatch, main, *args):
-    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, args)])
-    main()
-
-
 def test_the_command_draws_a_prompt(folder, tmp_path, monkeypatch):
     out = tmp_path / "x.npz"
     flags = ["--prompt", "a cat", "--steps", 2, "--cfg", 5, "--size", 16, "--out", out]
-    run(monkeypatch, sample.main, folder, *flags)
+    run(monkeypatch, folder, *flags, main=sample.main)
     arrays = np.load(out)
     assert arrays["arr_0"].shape == (1, 16, 16, 3)
     single = next((folder / "transformer").glob("*.safetensors"))
     moved = folder / "sd3.safetensors"  # the transformer's file beside the encoders
     moved.write_bytes(single.read_bytes())
-    run(monkeypatch, sample.main, moved, *flags[:-1], tmp_path / "y.npz")
+    run(monkeypatch, moved, *flags[:-1], tmp_path / "y.npz", main=sample.main)
     moved.unlink()
     assert (np.load(tmp_path / "y.npz")["arr_0"] == arrays["arr_0"]).all()
-    run(monkeypatch, sample.main, folder, *flags[:-2], "--no-t5", "--out", tmp_path / "z.png")
+    run(monkeypatch, folder, *flags[:-2], "--no-t5", "--out", tmp_path / "z.png", main=sample.main)
     assert (tmp_path / "z.png").exists()
 
 
@@ -389,7 +384,7 @@ def learn(monkeypatch, out, *flags, lr=1e-12, report=False):
     monkeypatch.setattr(Latents, "recipe", staticmethod(lambda options: own(options) | changes))
     monkeypatch.setattr(Latents, "distil", Latents.distil | changes)
     how = ["--steps", 2, "--batch-size", 4, "--lr", lr, "--precision", "fp32", "--out", out]
-    run(monkeypatch, train.main, *how, *flags)
+    run(monkeypatch, *how, *flags)
     return sample.load(out / "checkpoint.pt")
 
 
@@ -406,7 +401,7 @@ def test_a_model_trained_on_captions_draws_prompts(
     np.testing.assert_allclose(cond[0][0], np.load(texts / "context.npy")[0], rtol=1e-2, atol=1e-3)
     out = tmp_path / "x.npz"
     flags = ["--prompt", "a cat", "a dog", "--steps", 2, "--cfg", 2, "--out", out]
-    run(monkeypatch, sample.main, tmp_path / "run" / "checkpoint.pt", *flags)
+    run(monkeypatch, tmp_path / "run" / "checkpoint.pt", *flags, main=sample.main)
     assert np.load(out)["arr_0"].shape == (2, 16, 16, 3)
 
 
@@ -427,11 +422,11 @@ def test_fine_tuning_starts_from_the_released_weights(
     assert not same(learn(monkeypatch, tmp_path / "other", *flags, lr=1e-3).network, tuned.network)
     again = learn(monkeypatch, tmp_path / "again", "--init", tmp_path / "other" / "checkpoint.pt")
     assert same(again.network, sample.load(tmp_path / "other" / "checkpoint.pt").network)
-    run(monkeypatch, train.main, "--resume", "--steps", 3, "--out", tmp_path / "one")
+    run(monkeypatch, "--resume", "--steps", 3, "--out", tmp_path / "one")
     checkpoint = tmp_path / "one" / "checkpoint.pt"
     assert sample.load(checkpoint).step == 3
     flags = ["--prompt", "a cat", "--size", 24, "--steps", 2, "--out", tmp_path / "x.npz"]
-    run(monkeypatch, sample.main, checkpoint, *flags)
+    run(monkeypatch, checkpoint, *flags, main=sample.main)
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 24, 24, 3)
 
 

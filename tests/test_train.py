@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import QUICK, TINY
+from ranks import TINY, quick
 from test_rf import every_formulation
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +57,21 @@ train.main()
 def fast_command(*args, changes):
     """The same, changed in its recipe and without the table and the pictures at the end."""
     return [sys.executable, "-c", FAST.format(root=str(ROOT), changes=changes), *map(str, args)]
+
+
+def run(monkeypatch, *args, main=train.main):
+    """The command in this process, to a good end."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, args)])
+    main()
+
+
+def run_together(*commands, **how):
+    """Processes side by side, each to its end."""
+    how |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([*map(str, command)], **how) for command in commands]
+    told = [process.communicate(timeout=300) for process in processes]
+    pairs = zip(processes, told, strict=True)
+    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in pairs]
 
 
 def same(a, b):
@@ -130,8 +144,7 @@ def test_stopped_and_resumed_is_bit_identical(
     with (out / "log.jsonl").open("a") as file:  # a kill may leave a later and a half line
         file.write('{"step": 9000, "loss": 1}\n{"ste')
     monkeypatch.setattr(Toy, "report", lambda *args: 0)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(out)])
-    train.main()
+    run(monkeypatch, "--resume", "--out", out)
     assert same(sample.read(out / "checkpoint.pt"), sample.read(whole / "checkpoint.pt"))
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
@@ -157,9 +170,8 @@ def kill_and_resume(kills, tmp_path, monkeypatch):
     recipe = Toy.recipe
     monkeypatch.setattr(Toy, "recipe", staticmethod(lambda options: recipe(options) | often))
     monkeypatch.setattr(Toy, "report", lambda *args: 0)
-    for args in (resume, [*flags, "--out", whole]):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        train.main()
+    run(monkeypatch, *resume)
+    run(monkeypatch, *flags, "--out", whole)
     assert same(sample.read(out / "checkpoint.pt"), sample.read(whole / "checkpoint.pt"))
     assert (out / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     assert not (out / "checkpoint.tmp").exists()
@@ -349,52 +361,37 @@ def test_validation_loss_is_at_the_8_midpoints():
 # ---- images, ranks, accumulation
 
 
-@pytest.fixture
-def quick_latents(monkeypatch, own_process):
-    """train.main() on latents in this process, with a quick recipe and no report."""
-    recipe = Latents.recipe
-    monkeypatch.setattr(Latents, "recipe", staticmethod(lambda options: recipe(options) | QUICK))
-    monkeypatch.setattr(Latents, "report", lambda *args: None)
-    eager = functools.partial(torch.compile, backend="eager")  # no C++ compiler
-    monkeypatch.setattr(torch, "compile", eager)
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "latents", *map(str, flags)])
-        train.main()
-
-    return run
-
-
-def test_a_killed_rank_ends_the_job_which_resumes(latents, tmp_path, kill_a_rank, quick_latents):
+def test_a_killed_rank_ends_the_job_which_resumes(
+    latents, tmp_path, monkeypatch, kill_a_rank, own_process
+):
     out, script = tmp_path / "killed", tmp_path / "train_latents.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import ranks\nranks.quick(ranks.data.Latents)\nranks.train.main()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--data", str(latents), "--out", str(out), *TINY]
-    command = [*launch, str(script), "--dataset", "latents", *flags, "--shard", "--steps", "4000"]
+    flags = ["--dataset", "latents", "--data", str(latents), "--out", str(out), *TINY]
+    command = [*launch, str(script), *flags, "--shard", "--steps", "4000"]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert job.poll() is None
         time.sleep(0.05)
     kill_a_rank(job)
     step = sample.read(out / "checkpoint.pt")["step"]
-    quick_latents(*flags, "--steps", step + 10, "--resume", "--accumulate", 2)
+    quick(Latents, monkeypatch.setattr)
+    run(monkeypatch, *flags, "--steps", step + 10, "--resume", "--accumulate", 2)
     assert sample.read(out / "checkpoint.pt")["step"] == step + 10
 
 
-def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch, quick_latents):
+def test_images_train_compiled_in_bf16_and_sample(latents, tmp_path, monkeypatch, own_process):
     """The loss falls, the checkpoint has no prefixes, sample.py writes latents as ADM's layout."""
+    quick(Latents, monkeypatch.setattr)
     flags = ["--steps", 60, *TINY, "--precision", "bf16", "--compile"]
-    quick_latents("--data", latents, "--out", tmp_path / "run", *flags)
+    run(monkeypatch, "--dataset", "latents", "--data", latents, "--out", tmp_path / "run", *flags)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["val_loss"] < 1.6
     out, checkpoint = tmp_path / "x.npz", tmp_path / "run" / "checkpoint.pt"
-    monkeypatch.setattr(
-        sys, "argv", f"sample.py {checkpoint} --num 7 --steps 3 --out {out}".split()
-    )
-    sample.main()
+    run(monkeypatch, checkpoint, "--num", 7, "--steps", 3, "--out", out, main=sample.main)
     arrays = np.load(out)
     assert arrays["arr_0"].shape == (7, 4, 4, 4)
     assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
@@ -431,8 +428,7 @@ def test_perflow_students_train_sample_and_plug(
         ["--formulation", name, "--conditional", "--out", teacher, *common],
         ["--perflow", teacher / "checkpoint.pt", "--out", student, *common, *flags],
     ):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        train.main()
+        run(monkeypatch, *args)
     assert "4-step gap" in capsys.readouterr().out and (student / "windows.png").exists()
     sampler = sample.load(student / "checkpoint.pt")
     noise, label = torch.randn(6, 2), torch.arange(6)
@@ -473,8 +469,7 @@ def test_students_of_images_meet_their_teacher_from_the_same_noise(
         ["--dataset", "latents", "--data", latents, "--out", teacher, *TINY, "--steps", 5],
         ["--perflow", teacher / "checkpoint.pt", "--data", latents, "--out", student, *few],
     ):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        train.main()
+        run(monkeypatch, *args)
     assert len(grids["teacher"]) == 7 * 8 and len(grids["student"]) == 6 * 8
     noise = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = Latents(Latents.Options(str(latents))).held_out(8)[1]
@@ -594,15 +589,10 @@ def test_download_comes_before_the_data_are_read(tmp_path, monkeypatch, capsys):
 
 
 def test_bad_input_as_a_real_process(tmp_path):
-    how = dict(stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    train, sample = (
-        subprocess.Popen(args, **how)
-        for args in (command("--dataset", "mnist"), command("none.pt", script="sample.py"))
-    )
-    for process, *says in ((train, "'mnist'"), (sample, "none.pt", "No such file")):
-        _, stderr = process.communicate(timeout=300)
-        done = subprocess.CompletedProcess(process.args, process.returncode, stderr=stderr)
-        assert_one_line(done, *says)
+    commands = command("--dataset", "mnist"), command("none.pt", script="sample.py")
+    train, sample = run_together(*commands, cwd=tmp_path)
+    assert_one_line(train, "'mnist'")
+    assert_one_line(sample, "none.pt", "No such file")
 
 
 def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, capsys):
@@ -703,8 +693,7 @@ def test_fine_tuning_starts_at_the_teachers_loss(tmp_path, monkeypatch, capsys, 
         ["--init", start / "checkpoint.pt", *how, "--mixture", "grid", "--steps", 1,
          "--out", grid, "--lr", 1e-30],
     ):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, small + flags)])
-        train.main()
+        run(monkeypatch, *small, *flags)
     said = capsys.readouterr().out
     assert "context.weight: 26 labels for 9, so all but null start anew" in said
     log = lambda out: [*map(json.loads, (out / "log.jsonl").read_text().splitlines())]
