@@ -22,7 +22,7 @@ from parallel import check_device
 from rf import formulation
 from sample import autocast
 from studies.plan import PAPER, planned
-from train import State, batches, train, training_flops
+from train import State, batches, compile_blocks, train, training_flops
 
 
 def bare_loop(mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool) -> Iterator:
@@ -99,14 +99,15 @@ def run(
     network = MMDiT(depth, pos_embed_max_size=side).to(device)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.02)  # at initialisation all gradients but few are zeros
-    model = torch.compile(network) if compile else network
+    if compile:
+        compile_blocks(network)
     x = noise(batch_size, 16, 2 * side, 2 * side)
     cond = noise(batch_size, context, 4096), noise(batch_size, 2048)
 
     def step() -> None:
         network.zero_grad()
         with autocast(precision, device):
-            out = model(x, torch.rand(batch_size, device=device), *cond)
+            out = network(x, torch.rand(batch_size, device=device), *cond)
         out.float().square().mean().backward()
 
     n = 8192 if device.type == "cuda" else 2048
