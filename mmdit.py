@@ -1,7 +1,7 @@
 """MM-DiT, the network of *Scaling Rectified Flow Transformers* (SD3), section 4, and its rival DiT.
 
-Image and text tokens have their own weights and meet in one attention; t and c_vec act by adaLN.
-Names, shapes and function are the released SD3 checkpoint's, so real weights load as they are.
+`MMDiT.forward` is figure 2a, `JointBlock.forward` figure 2b: text and image tokens have their own
+weights and meet in one attention. Real weights load as they are: names and function are SD3's.
 Time, here and everywhere: t = 0 is data, t = 1 is noise. The network multiplies t by 1000 itself.
 Read next: `perflow.py`, the second paper, or `train.py`, which trains this network."""
 
@@ -30,8 +30,7 @@ def timestep_embedding(t: Tensor) -> Tensor:
 def position_table(size: int, width: int) -> Tensor:
     """(1, size^2, width): [sin(col), cos(col), sin(row), cos(row)], width/4 channels each.
     A position is index * base/size; the released medium has base 64 and size 192. The paper names
-    no other size: we keep base 64, but do not stretch a smaller grid, whose spacing is 1 as in DiT.
-    """
+    no other size: we keep base 64. A grid smaller than that is not stretched: its spacing is 1."""
     i = torch.arange(width // 4, dtype=torch.float64)
     position = torch.arange(size, dtype=torch.float64) * (min(size, 64) / size)
     angle = position[:, None] * 10000 ** (-i / (width // 4))  # (size, width/4)
@@ -48,8 +47,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """QK-norm over the 64 values of a head. It computes in the precision of its weight and returns
-    that of x."""
+    """QK-norm, figure 2b's "opt. RMS-Norm". It computes in its weight's dtype and returns x's."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -64,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """One stream's weights of the joint attention: q, k, v before it, the projection after it."""
+    """One stream's weights of figure 2b's attention: q, k, v before it, the projection after it."""
 
     def __init__(self, width: int, qk_norm: bool, pre_only: bool):
         super().__init__()
@@ -81,57 +79,75 @@ class Attention(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """One stream's weights of a joint block.
-    The last context block is pre-only: it gives keys and values to the attention and stops there,
-    because nobody reads the context after it."""
+    """One column of figure 2b: the weights of one stream, before and after the attention.
+    The last context block is pre-only: it gives the attention keys and values and stops there, as
+    nobody reads the context after it. It also computes queries, which nobody uses, as in sd3-ref:
+    so each parameter has a gradient, as DistributedDataParallel expects."""
 
     def __init__(self, width: int, qk_norm: bool, pre_only: bool = False):
         super().__init__()
-        self.chunks = 2 if pre_only else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+        self.pre_only = pre_only
+        modulations = 2 if pre_only else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, modulations * width))
         self.attn = Attention(width, qk_norm, pre_only)
         if not pre_only:
             fc1, fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
             self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU("tanh"), fc2=fc2))
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """c (B,D) -> shift, scale, gate of the attention, then of the MLP, each (B,1,D). A pre-only
-        block has the first two."""
-        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
+    def pre_attention(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """x (B,N,D), c (B,D) -> (q, k, v), and the modulations, each (B,1,D), for post_attention.
+        Shift, 1 + scale and gate are the figure's beta, alpha, gamma, then epsilon, delta, zeta."""
+        shift, scale, *modulations = self.adaLN_modulation(c)[:, None].split(c.shape[-1], dim=-1)
+        return self.attn(modulate(x, shift, scale)), modulations
 
-    def residual(self, x: Tensor, attended: Tensor, gate, shift_mlp, scale_mlp, gate_mlp) -> Tensor:
-        """x (B,N,D) after the attention's step and then the MLP's. A step is x + gate f(x)."""
-        x = x + gate * self.attn.proj(attended)
+    def post_attention(self, x: Tensor, attended: Tensor, *modulations: Tensor) -> Tensor:
+        """x (B,N,D), attended (B,N,heads,64) -> x after two steps x + gate f(x): attention, MLP."""
+        gate, shift_mlp, scale_mlp, gate_mlp = modulations
+        x = x + gate * self.attn.proj(attended.flatten(2))  # heads side by side: (B,N,D)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
-    """SD3, figure 2b: the streams, context first, meet in one attention and part again.
-    A DiT shares the weights, so it has one stream: context and image tokens in one sequence."""
+    """SD3, figure 2b: context and image have their own weights and meet in one attention."""
 
-    def __init__(self, width: int, qk_norm: bool, last: bool, shared: bool):
+    def __init__(self, width: int, qk_norm: bool, pre_only: bool):
         super().__init__()
-        if not shared:
-            self.context_block = StreamBlock(width, qk_norm, pre_only=last)
+        self.context_block = StreamBlock(width, qk_norm, pre_only)
         self.x_block = StreamBlock(width, qk_norm)
 
-    def forward(self, c: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
-        """c (B,D); streams (B,L,D) and (B,N,D), or one (B,L+N,D) -> those of them that go on.
-        The last context block computes queries that nobody uses, as the references do. So each of
-        its parameters has a gradient, zero for these, which DistributedDataParallel expects."""
-        blocks = list(self.children())  # one for each stream
-        mods = [block.modulation(c) for block in blocks]
-        inputs = [modulate(x, *mod[:2]) for x, mod in zip(streams, mods, strict=True)]
-        qkv = [block.attn(x) for block, x in zip(blocks, inputs, strict=True)]
-        q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*qkv, strict=True))
-        y = attend(q, k, v).transpose(1, 2)  # (B,L+N,heads,64)
-        y = [part.flatten(2) for part in y.split([x.shape[1] for x in streams], dim=1)]
-        parts = zip(blocks, streams, y, mods, strict=True)
-        return tuple(block.residual(x, y, *mod[2:]) for block, x, y, mod in parts if len(mod) == 6)
+    def forward(self, c: Tensor, context: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """c (B,D), context (B,L,D), x (B,N,D) -> context, or None if it is pre-only, and x."""
+        context_qkv, context_mods = self.context_block.pre_attention(context, c)
+        x_qkv, x_mods = self.x_block.pre_attention(x, c)
+
+        pairs = zip(context_qkv, x_qkv, strict=True)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)  # (B,heads,L+N,64)
+        attended = attend(q, k, v).transpose(1, 2)  # (B,L+N,heads,64)
+        context_attended, x_attended = attended.split([context.shape[1], x.shape[1]], dim=1)
+
+        x = self.x_block.post_attention(x, x_attended, *x_mods)
+        if self.context_block.pre_only:
+            return None, x
+        context = self.context_block.post_attention(context, context_attended, *context_mods)
+        return context, x
+
+
+class DiTBlock(nn.Module):
+    """The DiT of section 5.2: one set of weights, so one stream of context and image tokens."""
+
+    def __init__(self, width: int, qk_norm: bool):
+        super().__init__()
+        self.x_block = StreamBlock(width, qk_norm)
+
+    def forward(self, c: Tensor, x: Tensor) -> Tensor:
+        """c (B,D), x (B,L+N,D) -> x."""
+        qkv, modulations = self.x_block.pre_attention(x, c)
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # (B,heads,L+N,64)
+        return self.x_block.post_attention(x, attend(q, k, v).transpose(1, 2), *modulations)
 
 
 class FinalLayer(nn.Module):
-    """adaLN (shift, scale), then a linear map to the values of one patch."""
+    """Figure 2a, after the blocks: adaLN, then a linear map to the values of one patch."""
 
     def __init__(self, width: int, values: int):
         super().__init__()
@@ -151,11 +167,10 @@ def vector_embedder(size: int, width: int) -> nn.Module:
 
 
 class MMDiT(nn.Module):
-    """SD3 section 4: a velocity (or another prediction) from a latent, a time and a text.
+    """SD3, figure 2a: a velocity (or another prediction) from a latent, a time and a text.
     The paper's c_ctxt is `context`, its c_vec is `pooled`, and its y is `c`, the vector that drives
     every modulation. Depth alone sets the size; SD3 medium is MMDiT(24). `shared` is the paper's
-    DiT, one set of weights for both modalities: the same keys less the context blocks. The null
-    condition is zeros. ValueError on a depth below 1 and on latents of another shape."""
+    DiT: the same keys without the context blocks. The null condition is zeros."""
 
     def __init__(
         self, depth: int, in_channels: int = 16, patch_size: int = 2, pos_embed_max_size: int = 192,
@@ -177,19 +192,18 @@ class MMDiT(nn.Module):
         self.y_embedder = vector_embedder(pooled_dim, self.width)
         self.context_embedder = nn.Linear(context_dim, self.width)
         self.register_buffer("pos_embed", position_table(pos_embed_max_size, self.width))
-        blocks = (JointBlock(self.width, qk_norm, i == depth - 1, shared) for i in range(depth))
+        if shared:
+            blocks = [DiTBlock(self.width, qk_norm) for _ in range(depth)]
+        else:
+            blocks = [JointBlock(self.width, qk_norm, i == depth - 1) for i in range(depth)]
         self.joint_blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(self.width, patch_size**2 * in_channels)
-        self._initialize()
-
-    def _initialize(self) -> None:
         for name, layer in self.named_modules():
             self.initialize_layer(name, layer)
 
     def initialize_layer(self, name: str, layer: nn.Module) -> None:
-        """The start of one of its layers. adaLN-zero: every modulation and the output are zero, so
-        each block is the identity. The rest is DiT's, as SD3 is silent. Each weight is set once:
-        nothing undoes the zeros."""
+        """Set the first weights of a layer, once. adaLN-zero: every modulation and the output are
+        zero, so each block is the identity. SD3 is silent about the rest, which is as in DiT."""
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             return
         nn.init.zeros_(layer.bias)
@@ -226,51 +240,31 @@ class MMDiT(nn.Module):
         x = x.reshape(B, H // p, W // p, p, p, self.in_channels)  # (B,h,w,p,p,C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)  # (B,C,h,p,w,p)
 
-    def mixed(self, c: Tensor, *streams: Tensor) -> tuple[Tensor, ...]:
-        """The streams after all blocks."""
+    def computed(self, block: nn.Module, *inputs: Tensor):
+        """block(*inputs). With `checkpointing` the backward pass computes it again."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+    def mixed(self, c: Tensor, context: Tensor, x: Tensor) -> Tensor:
+        """c (B,D), context (B,L,D), x (B,N,D) -> x after all blocks, a DiT's in one sequence."""
+        if self.shared:
+            tokens = torch.cat([context, x], dim=1)  # (B,L+N,D)
+            for block in self.joint_blocks:
+                tokens = self.computed(block, c, tokens)
+            return tokens[:, context.shape[1] :]
         for block in self.joint_blocks:
-            if self.checkpointing and self.training:
-                how = {"use_reentrant": False, "preserve_rng_state": False}
-                streams = checkpoint(block, c, *streams, **how)
-            else:
-                streams = block(c, *streams)
-        return streams
+            context, x = self.computed(block, c, context, x)
+        return x
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         """x (B,C,H,W), t (B,) in [0, 1], context (B,L,.), pooled (B,.) -> (B,C,H,W)."""
         H, W = x.shape[2:]
         time = timestep_embedding(t).to(self.context_embedder.weight.dtype)
         c = self.t_embedder(time) + self.y_embedder(pooled)  # (B,D)
-        x = self.patchify(x)
-        N = x.shape[1]
-        # Both streams in the positions' dtype: float32 under autocast, where residuals add up.
-        streams = (self.context_embedder(context).to(x.dtype), x)  # (B,L,D), (B,N,D)
-        if self.shared:
-            streams = (torch.cat(streams, dim=1),)  # (B,L+N,D)
-        streams = self.mixed(c, *streams)
-        x = self.final_layer(streams[-1][:, -N:], c)  # the image tokens: (B,N,p p C)
+        x = self.patchify(x)  # (B,N,D)
+        # Both streams have the positions' dtype: float32 under autocast, where residuals add up.
+        context = self.context_embedder(context).to(x.dtype)  # (B,L,D)
+        x = self.mixed(c, context, x)  # (B,N,D)
+        x = self.final_layer(x, c)  # (B,N,p p C)
         return self.unpatchify(x, H, W)
-
-
-class ClassMMDiT(nn.Module):
-    """Labels for an MM-DiT: a class is a few learned context tokens and a learned pooled vector.
-    Label `classes` is the null one; with classes = 0 there is no other. A point (C,) is a C x 1 x 1
-    latent with one position and patch size 1. SD3 has no labels, so their start is our choice:
-    N(0,1), about the scale of a text encoder's output. `shape` is MMDiT's, by name."""
-
-    def __init__(self, classes: int, depth: int, tokens: int = 4, **shape):
-        super().__init__()
-        dim = HEAD_DIM * depth
-        self.mmdit = MMDiT(depth, **shape, context_dim=dim, pooled_dim=dim)
-        self.context = nn.Embedding(classes + 1, tokens * dim)
-        self.pooled = nn.Embedding(classes + 1, dim)
-        self.classes = classes
-        self.null_cond = (torch.tensor(classes),) if classes else ()
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B,C,H,W) or (B,C), t (B,), labels (B,) in 0..classes, or none for null -> like x."""
-        if labels is None:
-            labels = torch.full_like(t, self.classes, dtype=torch.long)
-        context = self.context(labels).unflatten(1, (-1, self.mmdit.width))  # (B,tokens,D)
-        latent = x[:, :, None, None] if x.dim() == 2 else x  # (B,C,H,W)
-        return self.mmdit(latent, t, context, self.pooled(labels)).reshape(x.shape)

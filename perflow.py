@@ -1,14 +1,13 @@
 """PeRFlow (Yan et al. 2024): a trained flow made straight inside K time windows, to take few steps.
 
-The whole method: windows, the teacher's solve, the line and its two targets, the sampler, Delta W.
+First the method as published, in the paper's order: windows and times, the teacher's solve, the
+line and its two targets, the sampler. Then what we add to it, and Delta W.
 Time, here and everywhere: t = 0 is data, t = 1 is noise. A window starts at its noisy edge.
-The paper draws t uniformly and makes one example a solve of 8 DDIM steps, and so does the class by
-default. What we add, and the commands use, is marked as ours: edge_share, clock_gap, reuse, Heun.
 Read next: `train.py`, which trains students, and `sample.py`, which samples from them."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -18,60 +17,33 @@ import rf
 from rf import Field, Formulation, Generator, Pair, Rows, Times, expand
 
 
-class PeRFlow:
+class PeRFlow(rf.Objective):
     """How to train and sample a student of `teacher`, a velocity field v(z, t, *cond) on `path`.
 
     windows: K of equal width, or their edges 0 = t_0 < ... < t_K = 1. K = 1 is plain reflow.
-    evaluations: of the teacher in a solve, whatever the method: 8 Euler, 4 Heun or 2 RK4 steps,
-        rounded up to whole steps. Heun and RK4 also ask at the window's end, so the teacher must be
-        finite at t = 0. (The option of this name counts from t = 1 to 0, for all K windows.)
+    evaluations: of the teacher in one solve, over one window, whatever the method: 8 Euler, 4 Heun
+        or 2 RK4 steps, rounded up to whole steps. The default is the paper's.
     parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1.
         Any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`.
         "epsilon", where the student is an eps-network, on the linear paths (LDM, DDPM); then
         the teacher is `formulation.velocity(network)` on `formulation.path`.
-    edge_share, clock_gap, reuse: ours; see `draw`, `student_time` and `examples`.
+    times: the number of discrete times in a window; None or 0 draws t from all of it.
+    method, reuse: ours where they are not "euler" and 1.
     formulation: of the student's network, where it predicts something else than a velocity on rf.
     Guidance is the caller's. Fixed: a teacher guided by `rf.guide`, a student sampled as it is.
     Sync: a plain teacher, conditions dropped in training, a student guided in sampling.
     ValueError on windows that do not rise from 0 to 1 and on settings out of range."""
 
-    @dataclass
-    class Options:
-        """The choices of the commands; ours where they differ from the paper's."""
-
-        windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow", 1, 1000] = 4
-        evaluations: Annotated[int, "of the teacher, from t = 1 to 0", 1, 10_000] = 32
-        parameterization: Annotated[
-            Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear teachers only"
-        ] = "velocity"
-        guidance: Annotated[
-            Literal["sync", "fixed"], "guide the student in sampling, or the teacher now"
-        ] = "sync"
-        teacher_cfg: Annotated[float, "guidance scale of the teacher, for fixed"] = 1.0
-        edge_share: Annotated[float, "ours: share of t that lies on its window's start"] = 0.5
-        clock_gap: Annotated[float, "ours: share of a window that the clock skips"] = 0.25
-        reuse: Annotated[int, "ours: draws of t that share a solve of the teacher", 1, 1000] = 4
-        method: str = "heun"  # ours, where the paper has DDIM
-
-        def __post_init__(self):
-            if (self.teacher_cfg != 1) != (self.guidance == "fixed"):
-                given = f"--guidance {self.guidance} --teacher-cfg {self.teacher_cfg:g}"
-                raise ValueError(f"{given} do not go together: fixed needs a scale, sync has none")
-
     def __init__(
         self, teacher: Field | None, path: rf.Path, windows: int | Sequence[float] = 4,
-        evaluations: int = 8, parameterization: str = "velocity", method: str = "euler",
-        edge_share: float = 0.0, clock_gap: float = 0.0, reuse: int = 1,
-        formulation: Formulation | None = None,
+        evaluations: int = 8, parameterization: str = "velocity", times: int | None = 4,
+        method: str = "euler", reuse: int = 1, formulation: Formulation | None = None,
     ):  # fmt: skip
-        counts = {"evaluations": evaluations, "reuse": reuse}
+        counts = {"evaluations": evaluations, "reuse": reuse, "times": times or 1}
         counts |= {"windows": windows} if isinstance(windows, int) else {}
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        if not (0 <= edge_share <= 1 and 0 <= clock_gap < 1):
-            got = f"edge_share {edge_share:g} and clock_gap {clock_gap:g}"
-            raise ValueError(f"{got} must be shares, the second below 1")
         if method not in rf.SOLVERS:
             raise ValueError(f"unknown solver {method!r}; choose from {', '.join(rf.SOLVERS)}")
         if parameterization not in ("velocity", "epsilon"):
@@ -83,10 +55,11 @@ class PeRFlow:
         if len(edges) < 2 or (edges[0], edges[-1]) != (0, 1) or not rising:
             raise ValueError(f"windows need edges 0 = t_0 < t_1 < ... < t_K = 1, got {edges}")
         self.teacher, self.path, self.parameterization = teacher, path, parameterization
-        self.method, self.edge_share, self.clock_gap = method, edge_share, clock_gap
-        self.reuse, self.formulation = reuse, formulation
-        self.solver_steps = -(-evaluations // len(rf.SOLVERS[method][0]))
+        self.method, self.reuse, self.times = method, reuse, times or None
+        self.formulation = formulation
+        self.steps_of_solve = -(-evaluations // len(rf.SOLVERS[method][0]))
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
+        self.discrete_times = self.grid(self.windows * (times or 1))[:-1]  # (N,), from 1 down
         self.fewest = self.windows  # steps in which `sample` works
         self._flow = Formulation("a velocity field on the path", path, "velocity")
         a, b, _, _ = path.coefficients(self.edges[-1])
@@ -96,26 +69,7 @@ class PeRFlow:
         if not b.isfinite():
             raise ValueError(f"{type(path).__name__} is infinite at t = 1; {advice}")
 
-    @classmethod
-    def of(cls, formula: Formulation, options: Options, guided: Callable | None) -> "PeRFlow":
-        """The PeRFlow of a network of this formulation. guided(cfg) is the teacher's network with
-        guidance; sampling needs no teacher."""
-        how = asdict(options)
-        how["evaluations"] = -(-options.evaluations // options.windows)  # a solve is one window
-        _, cfg = how.pop("guidance"), how.pop("teacher_cfg")
-        teacher = guided and guided(cfg)
-        if options.parameterization == "velocity":
-            teacher = teacher and formula.rectified(teacher)
-            return cls(teacher, rf.RectifiedFlow(), **how, formulation=formula)
-        if formula.prediction != "eps":
-            raise ValueError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
-        return cls(teacher and formula.velocity(teacher), formula.path, **how)
-
-    @staticmethod
-    def recipe(options: Options) -> dict:
-        """A student of fixed guidance is never guided, so none of its conditions are dropped."""
-        return {"dropout": 0.0} if options.guidance == "fixed" else {}
-
+    # ---- Windows and times
     def window(self, t: Tensor) -> Pair:
         """(t_start, t_end) = (t_k, t_{k-1}), with t_{k-1} < t <= t_k; each of t's shape.
         By the paper t = 0 lies in no window; here it belongs to the first."""
@@ -124,6 +78,18 @@ class PeRFlow:
         edges = rf.constants(self.edges, t.device, t.dtype)
         k = torch.searchsorted(edges, t.contiguous()).clamp(1, self.windows)
         return edges[k], edges[k - 1]
+
+    def draw(self, n: int, generator: Generator = None) -> Tensor:
+        """Training's t (n,): 1 - floor(uN)/N, u ~ U[0, 1), as PeRFlow's code draws it, with N = K
+        times `times`; without `times` 1 - u, as the paper says. Every edge t_k is one of the N, as
+        the sampler asks there. And there the straight flow's velocity jumps: the network must tell
+        an edge from the next time above it. That is 1/N away: with four times a window it can, with
+        N = 1000 hardly. (Windows of unequal width have as many times each.)"""
+        u = rf.draws(n, generator)
+        if not self.times:
+            return 1 - u
+        times = rf.constants(self.discrete_times, u.device, u.dtype)
+        return times[(u * len(times)).long().clamp(max=len(times) - 1)]
 
     # ---- The teacher's solve, and the straight line that replaces it
     @torch.no_grad()
@@ -137,9 +103,9 @@ class PeRFlow:
         (a_s, b_s, _, _), (a_e, b_e, _, _) = map(self.path.coefficients, self.window(t))
         z_start = expand(a_s, x0) * x0 + expand(b_s, x0) * eps
         ends = {"t_start": b_s / (a_s + b_s), "t_end": b_e / (a_e + b_e)}
-        how = {"steps": self.solver_steps, "method": self.method}
         flow, z = self._flow.rectified(self.teacher), z_start / expand(a_s + b_s, x0)
-        return z_start, expand(a_e + b_e, x0) * rf.solve(flow, z, *cond, **ends, **how)
+        z = rf.solve(flow, z, *cond, **ends, steps=self.steps_of_solve, method=self.method)
+        return z_start, expand(a_e + b_e, x0) * z
 
     def _line(self, z_start: Tensor, z_end: Tensor, t: Tensor) -> Pair:
         """z_t = z_s + (t - t_s)/(t_e - t_s) (z_e - z_s), and the target: the slope of this line, or
@@ -161,52 +127,32 @@ class PeRFlow:
         """(z_t, target) at t: a point of the straight line, and what the student learns there."""
         return self._line(*self.solve_window(x0, eps, t, *cond), t)
 
-    # ---- Training. A straightened flow's velocity jumps at each edge t_k, and one step a window
-    # asks for it exactly there. A network that is continuous in t answers with the mean of both
-    # sides, however long it trains. The cures are ours: edge_share and clock_gap.
-    def draw(self, n: int, generator: Generator = None) -> Tensor:
-        """Training's t (n,): uniform on (0, 1], but a share `edge_share` on its window's start."""
-        return self._draw_in(*self.window(1 - rf.random(n, generator)), generator)
-
-    def _draw_in(self, t_start: Tensor, t_end: Tensor, generator: Generator) -> Tensor:
-        """One t in each of these windows: on its start with that probability, else uniform."""
-        u, chance = rf.random((2, len(t_start)), generator).to(t_start)
-        t = t_start - u * (t_start - t_end) * (chance >= self.edge_share)
-        return torch.maximum(t, torch.nextafter(t_end, t_start))  # t_end is the next window's
-
-    def student_time(self, t: Tensor) -> Tensor:
-        """What the student is shown as t: t_{k-1} + (1 - clock_gap) (t - t_{k-1}).
-        So the two sides of an edge are no neighbours in time. Without a gap it is t."""
-        if self.clock_gap == 0:
-            return t
-        _, t_end = self.window(t)
-        return t_end + (1 - self.clock_gap) * (t - t_end)
-
     @torch.no_grad()
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
-        """(z, t, target, *cond) of reuse * B rows, with eps drawn.
-        A solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i, ... share
-        one, so B rows one after the other never meet it twice. From far noise a solve can run away,
-        and one such row would ruin the training: the batch's first good row replaces it."""
+        """(z_t, t, target, *cond): draw t and eps, solve the window of t, take a point of its line.
+        The loss is E |student(z_t, t) - target|^2. There are
+        B rows, or reuse * B (see `_reused`)."""
         t = self.draw(len(x0), generator).to(x0.device)
-        ends = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
-        good = arrived(*ends)
-        i = torch.where(good, torch.arange(len(t), device=t.device), good.int().argmax())
-        i = i.repeat(self.reuse)
-        z_start, z_end, t_start, t_end, *cond = (c[i] for c in (*ends, *self.window(t), *cond))
-        t = self._draw_in(t_start, t_end, generator)
-        z, target = self._line(z_start, z_end, t)
-        return z, t, target, *cond
-
-    def field(self, student: Field) -> Field:
-        """What is fitted to the targets, f(z, t, *cond): the student on its own clock."""
-        own = self.formulation.rectified(student) if self.formulation else student
-        return lambda z, t, *cond: own(z, self.student_time(t), *cond)
-
-    # as of a formulation: `examples` has the targets, the loss is E |student(z_t, t) - target|^2
-    target, loss = Formulation.target, Formulation.loss
+        z_start, z_end = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
+        z_start, z_end, t, *cond = self._reused(z_start, z_end, t, *cond, generator=generator)
+        z_t, target = self._line(z_start, z_end, t)
+        return z_t, t, target, *cond
 
     # ---- Sampling
+    def field(self, student: Field) -> Field:
+        """What is fitted to the targets, f(z, t, *cond). Below the lowest time that training draws
+        in a window the student is asked at that time: nearer to the edge it would answer with a
+        mean of two windows. Between two trained times it answers in between."""
+        flow = self.formulation.rectified(student) if self.formulation else student
+
+        def field(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+            if self.times:
+                t_start, t_end = self.window(t)
+                t = torch.maximum(t, torch.lerp(t_end, t_start, 1 / self.times))
+            return flow(z, t, *cond)
+
+        return field
+
     def velocity(self, student: Field) -> Field:
         """The student as a velocity field v(z, t, *cond) on the path, given the plain t.
         epsilon: v = ((lambda_k - 1) z + eta_k eps_Theta)/(((1 - w) + w lambda_k)(t_e - t_s)), where
@@ -224,12 +170,12 @@ class PeRFlow:
         return field if self.parameterization == "velocity" else velocity
 
     def rectified(self, student: Field) -> Field:
-        """`velocity` on the RF path, which for the epsilon parameterization is another path."""
+        """The student as a velocity field on the RF path. An epsilon student has another path."""
         return self._flow.rectified(self.velocity(student))
 
-    def times(self, steps: int) -> Tensor:
-        """The sampler's grid, (steps + 1,) float64 from 1 to 0: spread evenly over the windows, the
-        remainder to the noisiest. Every edge is in it, so no step crosses one."""
+    def grid(self, steps: int) -> Tensor:
+        """The sampler's times, (steps + 1,) float64 from 1 to 0: spread evenly over the windows,
+        the remainder to the noisiest. Every edge is in it, so no step crosses one."""
         each, more = divmod(steps, self.windows)
         if each < 1:
             few = f"{steps} steps are too few for {self.windows} windows"
@@ -250,12 +196,75 @@ class PeRFlow:
         decreasing `times` that hold all edges. ValueError on other methods and on too few steps."""
         if method != "euler":
             raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
-        times = self.times(steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
+        times = self.grid(steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
         missing = [t.item() for t in self.edges if (times - t).abs().min() > 1e-6]
         if missing:
             raise ValueError(f"a step would cross the window's edge at t = {missing[0]:g}")
         z = self.path.b(self.edges[-1]) * noise
         return rf.solve(self.velocity(student), z, *cond, steps=steps, times=times)
+
+    # ---- What we add: solves that serve several draws of t, and a guard
+    def _reused(
+        self, z_start: Tensor, z_end: Tensor, t: Tensor, *cond: Tensor, generator: Generator
+    ) -> tuple[Tensor, ...]:
+        """Ours: a solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i,
+        ... share one, so B rows one after the other never meet it twice. And from far noise a solve
+        can run away; one such row would ruin the training: the first good row replaces it."""
+        good = arrived(z_start, z_end)
+        i = torch.where(good, torch.arange(len(t), device=t.device), good.int().argmax())
+        z_start, z_end, t, *cond = (x[i.repeat(self.reuse)] for x in (z_start, z_end, t, *cond))
+        if self.reuse > 1:
+            (t_start, t_end), u = self.window(t), rf.draws(len(t), generator).to(t)
+            u = (self.times * u).floor() / self.times if self.times else u
+            t = torch.lerp(t_start, t_end, u)
+            t = torch.maximum(t, torch.nextafter(t_end, t_start))  # t_end is the next window's
+        return z_start, z_end, t, *cond
+
+    # ---- For the commands: flags, and the PeRFlow of a network that they have loaded
+    @dataclass
+    class Options:
+        """The choices of the commands; ours where they differ from the paper's."""
+
+        windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow", 1, 1000] = 4
+        times: Annotated[int, "discrete times of a window; 0 is all of it", 0, 10_000] = 4
+        evaluations: Annotated[
+            int | None, "of the teacher in the solve of a window (default: 32 / windows)", 1, 10_000
+        ] = None
+        parameterization: Annotated[
+            Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear and eps/ddpm"
+        ] = "velocity"
+        guidance: Annotated[
+            Literal["sync", "fixed"], "guide the student in sampling, or the teacher now"
+        ] = "sync"
+        teacher_cfg: Annotated[float, "guidance scale of the teacher, for fixed"] = 1.0
+        method: Annotated[
+            Literal["euler", "heun", "rk4"], "of the teacher's solve; the paper's is euler"
+        ] = "heun"
+        reuse: Annotated[int, "draws of t that share a solve; the paper has 1", 1, 1000] = 4
+
+        def __post_init__(self):
+            self.evaluations = self.evaluations or -(-32 // self.windows)
+            if (self.teacher_cfg != 1) != (self.guidance == "fixed"):
+                given = f"--guidance {self.guidance} --teacher-cfg {self.teacher_cfg:g}"
+                raise ValueError(f"{given} do not go together: fixed needs a scale, sync has none")
+
+    @classmethod
+    def of(cls, formula: Formulation, options: Options, guided: Callable | None) -> "PeRFlow":
+        """The PeRFlow of a network of this formulation. guided(cfg) is the teacher's network with
+        guidance; sampling needs no teacher."""
+        settings = vars(options) | {"path": formula.path, "teacher": None}
+        del settings["guidance"]
+        scale = settings.pop("teacher_cfg")
+        network = guided(scale) if guided else None
+        if options.parameterization == "velocity":
+            settings |= {"path": rf.RectifiedFlow(), "formulation": formula}
+            if network:
+                settings["teacher"] = formula.rectified(network)
+        elif formula.prediction != "eps":
+            raise ValueError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
+        elif network:
+            settings["teacher"] = formula.velocity(network)
+        return cls(**settings)
 
 
 def arrived(z_start: Tensor, z_end: Tensor) -> Tensor:

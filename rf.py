@@ -1,16 +1,16 @@
 """Rectified flow and its relatives: (1)-(22) of *Scaling Rectified Flow Transformers* (SD3).
 
-Sections 2 and 3: paths, predictions, densities of t, the loss and its weights, the ODE solver.
+First rectified flow itself, in a dozen lines; then what generalises them. One idea carries it: the
+network's input a x0 + b eps and its target p x0 + q eps are two vectors in the plane of (x0, eps).
+So from z and the output one can solve for both, whichever target was chosen: the *ends*.
 Time, here and everywhere: t = 0 is data, t = 1 is noise; sampling runs from 1 down to 0.
-One idea carries the file. The network's input is z = a x0 + b eps and its target is p x0 + q eps:
-two vectors in the plane of (x0, eps). So its output gives back both x0 and eps, whatever it is.
 Read next: `toy2d.py`, where p_t and u_t are exact, or `mmdit.py`, the network."""
 
 import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -20,7 +20,26 @@ Field = Callable[..., Tensor]  # f(z (B,...), t (B,), *cond) -> (B,...): a netwo
 Generator = torch.Generator | None  # None draws from PyTorch's own
 Times = Sequence[float] | Tensor | None
 Pair = tuple[Tensor, Tensor]
-Rows = tuple[Tensor, ...]  # (z, t, target, *cond), batch first: what a step of training needs
+Rows = tuple[Tensor, ...]  # (z_in, t, target, *cond), batch first: what a step of training needs
+
+
+# ---- Rectified flow, whole. The rest of this file generalises these lines.
+def rectified_flow_loss(network, x0, generator=None):
+    """(8) on the path (13): the network learns the velocity eps - x0 of the line from x0 to eps."""
+    t = torch.rand(len(x0), generator=generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    a, b = expand(1 - t, x0), expand(t, x0)  # (B,1,...,1)
+    z = a * x0 + b * eps
+    target = eps - x0
+    return (network(z, t) - target).square().mean()
+
+
+def rectified_flow_sample(network, noise, steps):
+    """(1) in Euler steps, from noise at t = 1 down to data at t = 0."""
+    z, times = noise, torch.linspace(1, 0, steps + 1)
+    for t, t_next in zip(times, times[1:], strict=False):
+        z = z + (t_next - t) * network(z, t.expand(len(z)))
+    return z
 
 
 def at_least_float32(t: Tensor | float) -> Tensor:
@@ -57,8 +76,10 @@ class Path:
         """(a, b, a', b') at t, in float32 or better; the prime is d/dt."""
         return self._coefficients(at_least_float32(t))
 
-    # each of them alone: a(t), b(t), da(t), db(t)
-    a, b, da, db = (lambda self, t, i=i: self.coefficients(t)[i] for i in range(4))
+    a = lambda self, t: self.coefficients(t)[0]
+    b = lambda self, t: self.coefficients(t)[1]
+    da = lambda self, t: self.coefficients(t)[2]
+    db = lambda self, t: self.coefficients(t)[3]
 
     def c_in(self, t: Tensor) -> Tensor:
         """The scale of the network's input: it is called on c_in z. Only EDM's differs from 1."""
@@ -136,8 +157,8 @@ def constants(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 
 class LDMLinear(Path):
     """LDM-linear: a_t = sqrt(prod_{s<=t} (1 - beta_s)), b_t = sqrt(1 - a_t^2), T = 1000 steps.
-    t in [0, 1] is index (T - 1) t of the table, and log a^2 is linear between entries, where a'
-    jumps. The noise is never pure, a_1 = 0.0683, and the data are never quite clean, b_0 = 0.029:
+    t in [0, 1] is index (T - 1) t of the table. log a^2 is linear between entries; a' jumps at each
+    entry. The noise is never pure, a_1 = 0.0683, and the data are never quite clean, b_0 = 0.029:
     the last sampling step returns x0_hat."""
 
     # beta_t = (sqrt(beta_0) + t/(T-1) (sqrt(beta_{T-1}) - sqrt(beta_0)))^2
@@ -174,7 +195,7 @@ class EDM(Path):
     """(14): z_t = x0 + b_t eps, b_t = exp F_N^-1(t | P_m, P_s^2).
     So for t ~ U (15) holds: lambda_t ~ N(-2 P_m, (2 P_s)^2).
     b runs from 0 to infinity, so t stops short of both ends: at the quantiles 1e-4 and 1 - 1e-4 of
-    sigma. sigma_data is (16)'s 0.5, a constant of the formulas; data have unit std all the same.
+    sigma. (16) fixes sigma_data = 0.5. Our data have standard deviation 1; we keep the paper's 0.5.
     (16)'s c_noise = log(sigma)/4 is not used: our networks take t itself, which rises with it."""
 
     t_min, t_max, sigma_data = 1e-4, 1 - 1e-4, 0.5
@@ -239,18 +260,18 @@ PREDICTIONS: dict[str, Callable[[Path, Tensor], Pair]] = {
 }
 
 
-# ---- Densities pi(t): how t is drawn. How the loss is scaled is another matter: it is not (omega
-# = 1), and `Formulation.weight` says what this amounts to in the paper's terms.
-def random(size: int | tuple[int, ...], generator: Generator, draw=torch.rand) -> Tensor:
-    """Draws of U(0, 1), or by another function, on the generator's device."""
-    return draw(size, generator=generator, device=generator.device if generator else None)
+# ---- Densities pi(t): how t is drawn. The loss carries no weight (omega = 1); `Formulation.weight`
+# says which w_t of the paper this equals.
+def draws(n: int, generator: Generator, draw=torch.rand) -> Tensor:
+    """n draws of U(0, 1), or of another law, on the generator's device."""
+    return draw(n, generator=generator, device=generator.device if generator else None)
 
 
 class Uniform:
     """t ~ U(0, 1)."""
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return random(n, generator)
+        return draws(n, generator)
 
     def density(self, t: Tensor) -> Tensor:
         return torch.ones_like(at_least_float32(t))
@@ -265,7 +286,7 @@ class LogitNormal:
         self.m, self.s = m, s
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return torch.sigmoid(self.m + self.s * random(n, generator, torch.randn))
+        return torch.sigmoid(self.m + self.s * draws(n, generator, torch.randn))
 
     def density(self, t: Tensor) -> Tensor:
         """(19): 1/(s sqrt(2 pi)) 1/(t (1 - t)) exp(-(logit t - m)^2/(2 s^2)), and 0 at both ends,
@@ -292,7 +313,7 @@ class Mode:
         return 1 - u - self.s * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        return self.f(random(n, generator)).clamp(0, 1)
+        return self.f(draws(n, generator)).clamp(0, 1)
 
     def density(self, t: Tensor) -> Tensor:
         t = at_least_float32(t)
@@ -308,7 +329,7 @@ class CosMap:
     """(21): t = f(u) = 1 - 1/(tan(pi u/2) + 1), u ~ U(0, 1): the cosine path's log-SNR, on rf."""
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
-        u = math.pi / 2 * random(n, generator)
+        u = math.pi / 2 * draws(n, generator)
         return torch.sin(u) / (torch.sin(u) + torch.cos(u))  # (21) without tan's pole
 
     def density(self, t: Tensor) -> Tensor:
@@ -318,16 +339,41 @@ class CosMap:
 
 
 # ---- Formulations: the loss, its weight (16), (18), and what a trained network means
-def squared_error(field: Field, z: Tensor, t: Tensor, target: Tensor, *cond: Tensor) -> Tensor:
-    """The mean of |field(z, t, *cond) - target|^2 over batch and dimensions: every loss here."""
-    return (field(z, t, *cond).to(target.dtype) - target).square().mean()
+class Objective:
+    """What a network learns, and how that is sampled: a `Formulation`, a `PeRFlow`, a rival.
+    Its rows (z_in, t, target, *cond) are drawn ahead by `examples`, in a thread of their own."""
+
+    reuse = 1  # rows that `examples` makes of each datum
+    fewest = 1  # steps in which `sample` works
+
+    def target(self, average: Field, rows: Rows) -> Rows:
+        """The rows with their targets. An objective whose targets need the average of the weights
+        computes them here, in the step."""
+        return rows
+
+    def field(self, network: Field) -> Field:
+        """What is fitted to the targets, f(z_in, t, *cond): the network itself."""
+        return network
+
+    def rows_loss(self, network: Field, average: Field, rows: Rows) -> Tensor:
+        """E |field(z_in, t, *cond) - target|^2, a mean over rows and dimensions: every loss."""
+        field = self.field(network)
+        z_in, t, target, *cond = self.target(average, rows)
+        output = field(z_in, t, *cond)
+        return (output.to(target.dtype) - target).square().mean()
+
+    def loss(
+        self, network: Field, x0: Tensor, *cond: Tensor, generator: Generator = None
+    ) -> Tensor:
+        """`rows_loss` on fresh `examples` of x0 (B,...): a scalar."""
+        return self.rows_loss(network, network, self.examples(x0, *cond, generator=generator))
 
 
 MARGIN = 1e-3  # how far t stays from an end of the path where det = 0
 
 
 @dataclass(frozen=True)
-class Formulation:
+class Formulation(Objective):
     """A path, what the network predicts on it (a key of PREDICTIONS), and training's density of t.
     A network is always called as network(c_in(t) z, t, *cond), with z (B,...), t (B,) in [0, 1].
     Where det = 0 at an end of the path, its t_min or t_max moves MARGIN inside: t_max = 0.999 for
@@ -338,9 +384,6 @@ class Formulation:
     prediction: str
     timesteps: Uniform | LogitNormal | Mode | CosMap = Uniform()
     shift: float = 1.0  # resolution-dependent, of training's t and of sampling's grid alike
-
-    reuse = 1  # rows that `examples` makes of each datum
-    fewest = 1  # steps in which `sample` works
 
     def __post_init__(self):
         path = copy.copy(self.path)
@@ -367,30 +410,19 @@ class Formulation:
         return t.clamp(self.path.t_min, self.path.t_max)
 
     def pair(self, x0: Tensor, eps: Tensor, t: Tensor, *cond: Tensor) -> Pair:
-        """The network's input c_in (a x0 + b eps) and its target p x0 + q eps, both (B,...).
+        """The network's input z_in = c_in (a x0 + b eps) and its target p x0 + q eps, both (B,...).
         Conditions change neither. They are taken because PeRFlow's pairs depend on them."""
         a, b, p, q, c_in = self._plane(t, x0)
         return c_in * (a * x0 + b * eps), p * x0 + q * eps
 
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
-        """(z, t, target, *cond), with t ~ pi and eps ~ N(0, I) drawn."""
+        """(z_in, t, target, *cond), with t ~ pi and eps ~ N(0, I) drawn.
+        The `loss` on them, E |network(z_in, t) - target|^2, is L_w with w_t = `weight`(t). For the
+        path's own velocity and t ~ U it is (8), which is (11). For eps the paper's (12) has another
+        factor, ((b/2) lambda')^2, and for v on the cosine path (8) is pi^2/4 times this loss."""
         t = self.draw(len(x0), generator).to(x0.device)
-        z, target = self.pair(x0, gaussian_like(x0, generator), t)
-        return z, t, target, *cond
-
-    def target(self, average: Field, rows: Rows) -> Rows:
-        """The rows of `examples`, targets included. An objective whose targets need the average of
-        the weights computes them here: `examples` runs ahead, in a thread of its own."""
-        return rows
-
-    def loss(
-        self, network: Field, x0: Tensor, *cond: Tensor, generator: Generator = None
-    ) -> Tensor:
-        """E_{t ~ pi, eps} |network(c_in z_t, t) - target|^2, a scalar: L_w with w_t = `weight`(t).
-        With the path's own velocity it is (8), which is (11). With eps the paper's (12) has another
-        factor, ((b/2) lambda')^2, and with v on the cosine path (8) is pi^2/4 times this loss."""
-        rows = self.examples(x0, *cond, generator=generator)
-        return squared_error(self.field(network), *rows)
+        z_in, target = self.pair(x0, gaussian_like(x0, generator), t)
+        return z_in, t, target, *cond
 
     def weight(self, t: Tensor) -> Tensor:
         """w_t = -2 pi(t) (det/a)^2 / lambda'_t, with which the loss is
@@ -407,10 +439,6 @@ class Formulation:
             pi = self.timesteps.density(u) * self.path.dlog_snr(t) / self.path.dlog_snr(u)
         # lambda' = 2 (a' b - b' a)/(a b), so that nothing is 0 * inf at t = 0
         return pi * (a * q - b * p) ** 2 * b / (a * (a * db - b * da))
-
-    def field(self, network: Field) -> Field:
-        """What is fitted to the targets, f(z, t, *cond): the network itself."""
-        return network
 
     def ends(self, network: Field) -> Callable[..., Pair]:
         """What an output means: f(z, t, *cond) = (x0_hat, eps_hat), the ends of the line through z.
@@ -445,7 +473,7 @@ class Formulation:
 
         return rectified
 
-    def times(self, steps: int) -> Tensor:
+    def grid(self, steps: int) -> Tensor:
         """The default times of `sample`: the path's grid, shifted; (steps + 1,) float64."""
         times = self.path.shift(self.path.grid(_positive(steps)), self.shift)
         return times.clamp(self.path.t_min, self.path.t_max)
@@ -455,18 +483,28 @@ class Formulation:
         steps: int | None = None, times: Times = None, method: str = "euler",
         generator: Generator = None,
     ) -> Tensor:  # fmt: skip
-        """Standard noise (B,...) -> x0 (B,...) in `steps` steps, or at these decreasing `times`.
-        euler is the plane's first-order step, to a x0_hat + b eps_hat with the next a and b: Euler
-        in t for rf, DDIM for variance-preserving paths, Euler in sigma for EDM. Its last step
-        returns x0_hat. Other methods `solve` the network as a flow on the RF path, at times of that
-        path. A generator is for objectives that draw fresh noise in sampling; a flow draws none."""
-        if method != "euler":
+        """Standard noise (B,...) -> x0 (B,...), in `steps` steps or at these `times` of the path,
+        which fall from 1 to 0. (From another state, or to another time, `solve` the `velocity`.)
+        `euler` computes the ends and puts them together again with the next a and b: Euler in t for
+        rf, DDIM for variance-preserving paths, Euler in sigma for EDM. It ends with x0_hat. Other
+        methods `solve` the network as a flow on the RF path, at the times of equal log-SNR. A
+        generator is for objectives that draw fresh noise in sampling; a flow draws none."""
+        if times is not None:
+            times = _checked_times(times, steps, noise)
+            if times[0] != 1 or times[-1] != 0 or (times[1:] >= times[:-1]).any():
+                raise ValueError(f"times must fall from 1 to 0, got {times.tolist()}")
+        flow = self.rectified(network)
+        if (
+            method != "euler" or flow is network
+        ):  # a network on the RF path needs no ends: it is (1)
+            rf_path = RectifiedFlow()
             if times is None:  # uniform; for ab2, whose first step is Euler's, the first are longer
-                path, power = RectifiedFlow(), 1.5 if method == "ab2" else 1
-                times = path.shift(path.grid(_positive(steps)) ** power, self.shift)
-            flow = self.rectified(network)
-            return solve(flow, noise, *cond, steps=steps, times=times, method=method)
-        times = _checked_times(self.times(steps) if times is None else times, steps, noise)
+                grid = rf_path.grid(_positive(steps)) ** (1.5 if method == "ab2" else 1)
+                times = rf_path.shift(grid, self.shift)
+            elif flow is not network:
+                times = rf_path.time(self.path.log_snr(times))
+            return solve(flow, noise, *cond, times=times, method=method)
+        times = _checked_times(self.grid(steps) if times is None else times, None, noise)
         times = times.clamp(self.path.t_min, self.path.t_max)
         ends = self.ends(network)
         z = self.path.b(times[0]) * noise
@@ -518,14 +556,15 @@ def formulation(name: str, shift: float = 1.0) -> Formulation:
                 numbers = [float(argument) for argument in arguments]
             except ValueError:
                 raise ValueError(f"{name!r}: the arguments of {pattern} must be numbers") from None
-            return replace(Formulation(name, *build(*numbers)), shift=shift)
+            return Formulation(name, *build(*numbers), shift=shift)
     raise ValueError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
 
 
 # ---- (1): dz = v(z, t) dt, from t = 1 down to t = 0
 # Explicit Runge-Kutta: stage i looks ahead by c_i of the step along stage i-1; the step is the
-# w-mean of the stages. ab2 (Adams-Bashforth) is an Euler step along the slope that this and the
-# last evaluation extrapolate to the middle of the step: of second order, for one evaluation a step.
+# w-mean of the stages. ab2 (Adams-Bashforth), which is of neither paper, is an Euler step along the
+# slope in the middle of the step, extrapolated from this evaluation and the last one: it is of
+# second order, for one evaluation a step.
 SOLVERS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "euler": ((0,), (1,)),
     "heun": ((0, 1), (1 / 2, 1 / 2)),
@@ -555,17 +594,18 @@ def solve(
 ) -> Tensor:  # fmt: skip
     """(1): carry z (B,...) along dz = v(z, t, *cond) dt, by default from noise to data.
     z is the state at t_start: the solver does not multiply it by b. t_start and t_end are numbers
-    or (B,), each sample with its own interval. Without `times`, (steps + 1,) or (steps + 1, B), the
-    grid between them is uniform. ValueError on an unknown method or steps < 1."""
+    or (B,), each sample with its own interval. `times` is (steps + 1,) or (steps + 1, B); if None,
+    the grid between them is uniform. ValueError on an unknown method or steps < 1."""
     if method not in SOLVERS:
         raise ValueError(f"unknown solver {method!r}; choose from {', '.join(SOLVERS)}")
     if times is None:
-        how = {"dtype": torch.promote_types(z.dtype, torch.float32), "device": z.device}
-        w = torch.linspace(0, 1, _positive(steps) + 1, **how)[:, None]
-        start, end = (torch.as_tensor(t, **how) for t in (t_start, t_end))
+        like = {"dtype": torch.promote_types(z.dtype, torch.float32), "device": z.device}
+        w = torch.linspace(0, 1, _positive(steps) + 1, **like)[:, None]
+        start, end = (torch.as_tensor(t, **like) for t in (t_start, t_end))
         times = (1 - w) * start + w * end  # (steps + 1, 1) or (steps + 1, B)
     times = _checked_times(times, steps, z)
-    times, last = times.reshape(len(times), -1).expand(-1, len(z)), None  # (steps + 1, B)
+    times = times.reshape(len(times), -1).expand(-1, len(z))  # (steps + 1, B)
+    last = None
     for t, t_next in zip(times, times[1:], strict=False):
         h = t_next - t
         k, dz = torch.zeros_like(z), torch.zeros_like(z)
@@ -573,9 +613,10 @@ def solve(
             k = velocity(z + expand(c * h, z) * k, t + c * h, *cond)
             dz = dz + w * k
         if method == "ab2":
-            h_last, slope = last or (h, dz)
-            last = h, dz
-            dz = dz + expand((h / h_last).nan_to_num() / 2, z) * (dz - slope)  # h may be 0
+            slope, (h_last, slope_last) = dz, last or (h, dz)
+            half = (h / h_last / 2).nan_to_num()  # of the last step's length; h may be 0
+            dz = slope + expand(half, z) * (slope - slope_last)
+            last = h, slope
         z = z + expand(h, z) * dz
     return z
 

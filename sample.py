@@ -11,7 +11,7 @@ Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs th
     sampler = sample.load("runs/toy2d/checkpoint.pt")
     x0 = sampler.sample(torch.randn(1000, 2), steps=50)
 
-Read next: `checkpoint.py`, `configure.py` and `train.py`, which writes the checkpoints."""
+Read next: `training/checkpoint.py`, what a checkpoint holds."""
 
 import signal
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as File
 from typing import Annotated, Any, Literal
@@ -29,34 +29,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import text
-from checkpoint import DATASETS, OBJECTIVES, load_weights, read
-from data import DATA, NOISE, Latents, seeded
+from data.base import DATA, NOISE, seeded
+from data.latents import Latents
 from mmdit import HEAD_DIM
-from options import Count, Recipe, command, names, pick, reading
-from parallel import check_device
 from perflow import plug
-from rf import SOLVERS, Field, formulation, guide
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The network alone runs under it: coefficients of t, targets and the loss stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def objective_of(config: dict, guided: Callable | None = None):
-    """The objective of a configuration. A student's needs guided(cfg), its teacher's network with
-    guidance, in training only."""
-    formula = formulation(config["formulation"], config["shift"])
-    if not config["objective"]:
-        return formula
-    kind = OBJECTIVES[config["objective"]]
-    return kind.of(formula, pick(kind.Options, config), guided)
+from rf import SOLVERS, Field, guide
+from sd3 import weights
+from training.checkpoint import DATASETS, OBJECTIVES, load_weights, objective_of, read
+from training.options import Count, Recipe, command, names, pick, reading
+from training.ranks import autocast, check_device, check_memory
 
 
 @dataclass
 class Sampler:
-    """A trained network (its EMA weights), and how to sample from it.
+    """A trained network (its averaged weights), and how to sample from it.
     The configuration may be empty for a network of one's own."""
 
     network: nn.Module
@@ -66,9 +52,9 @@ class Sampler:
     cfg: float | None = None  # the guidance scale of calls that name none
 
     def __post_init__(self):
-        kind = DATASETS.get(self.config.get("dataset"))
+        data_set = DATASETS.get(self.config.get("dataset"))
         if self.cfg is None:
-            self.cfg = kind.cfg if kind and self.null_cond else 1.0
+            self.cfg = data_set.cfg if data_set and self.null_cond else 1.0
 
     @property
     def device(self) -> torch.device:
@@ -80,10 +66,41 @@ class Sampler:
         dropped = self.config.get("dropout", 1)
         return tuple(getattr(self.network, "null_cond", ())) if dropped else ()
 
+    def adopt(self, config: dict, empty: Sequence[Tensor] | None) -> None:
+        """Become the teacher of the student of this configuration: on its data, guided as it asks,
+        away from the encoding of no text where the data have one."""
+        self.config["spec"] = config["spec"]  # a released one draws other sizes, too
+        if empty:
+            self.network.null_cond = empty
+        if config.get("teacher_cfg", 1.0) != 1:
+            self.cfg = config["teacher_cfg"]
+
+    @property
+    def released(self) -> bool:
+        """Whether this is SD3 as released, or fine-tuned from it."""
+        return bool(self.config.get("spec", {}).get("released"))
+
+    def encode(self, prompts: Sequence[str], t5: bool = True) -> list[Tensor]:
+        """The conditions of these prompts, (B,...) each, on the network's device. From now on
+        guidance pushes a released SD3 away from the encoding of no text. t5 = False leaves SD3's
+        largest encoder out. ValueError where the model takes no text."""
+        if not self.config.get("dataset"):
+            raise ValueError("a network of one's own takes its conditions as they are")
+        data_set, device = DATASETS[self.config["dataset"]], self.device
+        self.network.cpu()  # the encoders and the network take turns on a GPU
+        cond, null_cond = data_set.encode(self.config["spec"], list(prompts), device=device, t5=t5)
+        self.network.to(device)
+        if null_cond:
+            self.network.null_cond = tuple(null_cond)
+        return [c.to(device) for c in cond]
+
     def guided(self, cfg: float = 1.0) -> Field:
         """The network as it is called: in its precision, with guidance of this scale."""
         if not math.isfinite(cfg) or (cfg != 1 and not self.null_cond):
-            raise ValueError(f"cfg {cfg:g} is not for this model: no conditions, or fixed guidance")
+            reason = "no conditions, or fixed guidance"
+            if self.released:
+                reason = "it is guided away from no text, which `encode` of a prompt sets"
+            raise ValueError(f"cfg {cfg:g} is not for this model: {reason}")
         guided = guide(self.network, [c.to(self.device) for c in self.null_cond], cfg)
 
         def network(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -100,9 +117,10 @@ class Sampler:
     @torch.no_grad()
     def sample(self, noise: Tensor, *cond: Tensor, cfg: float | None = None, **how) -> Tensor:
         """Standard noise (B,...) -> x0 (B,...), from t = 1 down to 0, by the objective's `sample`.
-        how: `steps`, or `times` of one's own, `method` (euler, heun, rk4, ab2; students: euler
-        steps, inside its windows), and `generator` for objectives that draw in sampling. cfg is the
-        scale of classifier-free guidance; 1 is off. ValueError on what does not fit the model."""
+        how: `steps`, or `times` that fall from 1 to 0; `method` (euler, heun, rk4, ab2; a student
+        takes euler steps, inside its windows); and `generator` for objectives that draw in
+        sampling. cfg is the scale of classifier-free guidance; 1 is off. ValueError on what does
+        not fit the model."""
         network = self.guided(self.cfg if cfg is None else cfg)
         return self.objective.sample(network, noise, *cond, **how)
 
@@ -132,6 +150,8 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
     if network is None:
         network = DATASETS[config["dataset"]].network(config["spec"], pick(Recipe, config))
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
+    if config["spec"].get("released"):
+        network.null_cond = ()  # it is the encoding of no text, which `encode` knows
     network = network.to(check_device(device)).eval().requires_grad_(False)
     return Sampler(network, objective_of(config), config, checkpoint["step"])
 
@@ -140,18 +160,18 @@ def load_released(path: str, device: torch.device) -> Sampler:
     """SD3 as released: a rectified flow with shift 3, in bf16 on a GPU.
     Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
     smallest sigma twice and ends with a step from 0.009 to 0."""
-    spec, state = text.read_released(path)
+    spec, state = weights.read_released(path)
     gpu = device.type == "cuda"
     precision, dtype = ("bf16", torch.bfloat16) if gpu else ("fp32", torch.float32)
     state = {key: w.to(dtype) for key, w in state.items()}
-    text.reserve("the network", sum(w.nbytes for w in state.values()), device)
+    check_memory("the network", sum(w.nbytes for w in state.values()), device)
     depth = len(state["x_embedder.proj.bias"]) // HEAD_DIM
     recipe = Recipe("rf/lognorm(0.00,1.00)", shift=3.0, depth=depth, precision=precision)
     config = asdict(recipe) | dict(dataset="latents", objective=None, teacher=None, spec=spec)
     with torch.device("meta"):
         network = Latents.network(spec, recipe)
     load_weights(network, state, path, assign=True)
-    network.null_cond = tuple(torch.zeros(spec[key][-1]) for key in ("context", "pooled"))
+    network.null_cond = ()  # it is the encoding of no text, which `encode` knows
     network = network.to(device).eval().requires_grad_(False)
     return Sampler(network, objective_of(config), config)
 
@@ -159,16 +179,18 @@ def load_released(path: str, device: torch.device) -> Sampler:
 def plugged(sampler: Sampler, file: str | File) -> Sampler:
     """The sampler's network plus the Delta W of a student, and the student's way to sample.
     ValueError where the delta is of another network or formulation, or no delta at all."""
-    delta, own = read(file, "delta"), sampler.config
+    delta, config = read(file, "delta"), sampler.config
     student = delta["config"]
-    if own["objective"]:
+    if config["objective"]:
         raise ValueError(f"this model is a student already: {file} would be added twice")
-    if own["formulation"] != student["formulation"]:
-        raise ValueError(f"{file} is of a {student['formulation']}, not of a {own['formulation']}")
+    if config["formulation"] != student["formulation"]:
+        theirs, ours = student["formulation"], config["formulation"]
+        raise ValueError(f"{file} is of a {theirs}, not of a {ours}")
     with reading(file, "delta of this model"):
         plug(sampler.network, delta["delta"])
-    kept = {"objective", "teacher", "dropout"} | names(OBJECTIVES[student["objective"]].Options)
-    config = own | {key: student[key] for key in kept}
+    of_student = {"objective", "teacher", "dropout"}
+    of_student |= names(OBJECTIVES[student["objective"]].Options)
+    config = config | {key: student[key] for key in of_student}
     return replace(sampler, config=config, objective=objective_of(config), cfg=None)
 
 
@@ -207,22 +229,20 @@ def run(
         raise ValueError("--no-t5 is for a model that draws what a --prompt says")
     sampler = load(checkpoint, where)
     sampler = plugged(sampler, plug) if plug else sampler
-    kind, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
+    data_set, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
     if size:
-        spec["shape"][1:] = [text.latent_size(spec, size)] * 2
+        spec["shape"][1:] = [weights.latent_size(spec, size)] * 2
     n = num or len(texts) or (100 if len(spec["shape"]) == 3 else 2000)
     try:
         if texts:
-            sampler.network.cpu()  # the encoders and the network take turns on a GPU
-            cond, null_cond = kind.encode(spec, texts, device=where, t5=not no_t5)
-            sampler.network.to(where)
-            cond = [c[torch.arange(n) % len(c)] for c in cond]
-            sampler.network.null_cond = null_cond or sampler.network.null_cond
+            cond = [c[torch.arange(n) % len(c)].cpu() for c in sampler.encode(texts, not no_t5)]
         else:
-            cond = kind.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
+            cond = data_set.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
+            if sampler.released and data:
+                sampler.network.null_cond = data_set(data_set.Options(data)).null_cond or ()
         out.parent.mkdir(parents=True, exist_ok=True)
         x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
-        print(f"wrote {kind.write(spec, out, x0, *cond, seed=seed, device=where)}")
+        print(f"wrote {data_set.write(spec, out, x0, *cond, seed=seed, device=where)}")
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{where}: a smaller --size needs less memory: {error}") from None
 

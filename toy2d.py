@@ -1,27 +1,21 @@
 """The 2-D laboratory: mixtures of Gaussians, where p_t (3), u_t (6) and the loss (7) are exact.
 
 Here a trained network meets the truth, not another network. The file has the mixture, the small
-network, the yardsticks (relative excess, energy distance, mode counts), and `Toy`, which is all of
-it as the data of a run. Time, here and everywhere: t = 0 is data, t = 1 is noise. The mixture
-computes in float64, whatever comes in, and returns the dtype of z.
+network, and the yardsticks (relative excess, energy distance, mode counts).
+Time, here and everywhere: t = 0 is data, t = 1 is noise. The mixture computes in float64, whatever
+comes in, and returns the dtype of z.
 Read next: `mmdit.py`, the large network, or `train.py`, which trains on these mixtures."""
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path as File
-from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import pictures
-from data import DATA, HELD_OUT, Data, seeded
-from mmdit import ClassMMDiT
-from options import reading
 from rf import Field, Formulation, Generator, Pair, Path, RectifiedFlow, expand, solve
 
 
@@ -113,12 +107,6 @@ class GaussianMixture:
         """The exact velocity field v(z, t, *labels) on this path."""
         return lambda z, t, *labels: self.velocity(z, t, path, *labels)
 
-    def scene(self) -> pictures.Scene:
-        """p_t of the RF path as the background of pictures, with room for all modes."""
-        reach = self.means.norm(dim=1) + 3.5 * self.variances.max(dim=1).values.sqrt()
-        density = lambda z, t: self.log_density(z, t, RectifiedFlow()).exp()
-        return pictures.Scene(density, 1.06 * max(2.6, reach.max().item()))
-
 
 def _spots(means: Tensor, std: float) -> GaussianMixture:
     """Round components of equal weight."""
@@ -161,8 +149,14 @@ def load_mixture(name: str) -> GaussianMixture:
         return MIXTURES[raw]().standardized() if raw == name else MIXTURES[raw]()
     if not name.endswith(".json"):
         raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(MIXTURES)}, FILE.json")
-    with reading(name, "mixture of means, covs and weights"):
+    try:
         return GaussianMixture(**json.loads(File(name).read_text()))
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from None
+    except Exception as error:  # JSON of anything can be in it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        good = "mixture of means, covs and weights"
+        raise ValueError(f"{name} is damaged or no {good}: {reason}") from None
 
 
 # ---- The network
@@ -291,183 +285,3 @@ def curvature(velocity: Field, z: Tensor, edges: Tensor, *cond: Tensor, steps: i
         v = torch.stack(vs)  # (steps,n,...)
         ratios.append((v.mean(0) - v).square().mean() / v.mean(0).square().mean())
     return torch.stack(ratios)
-
-
-def shown(value: float, form: str) -> str:
-    """A number for a table, which never has nan as a result."""
-    return f"{value:{form}}" if math.isfinite(value) else "diverged"
-
-
-def metrics_table(rows: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'':26}{'energy distance':>17}{'total variation':>17}{'beyond 4 sigma':>16}"]
-    for name, m in rows.items():
-        energy, variation = shown(m["energy"], ".2e"), shown(m["total_variation"], ".4f")
-        lines.append(f"{name:26}{energy:>17}{variation:>17}{shown(m['outliers'], '.2%'):>16}")
-    return "\n".join(lines)
-
-
-# ---- The mixture as the data of a run
-class Toy(Data):
-    """A mixture as `train.py` sees data: batches, network, recipe, what is measured and drawn. On a
-    GPU its models are measured at the end only, on the CPU, where the mixture is."""
-
-    @dataclass
-    class Options:
-        mixture: Annotated[str | dict, f"{', '.join(MIXTURES)}, or FILE.json"] = "ring"
-        conditional: Annotated[bool, "give the network the mode's label"] = False
-        network: Annotated[Literal["mlp", "mmdit"], "the small MLP, or a small MM-DiT"] = "mlp"
-
-        def __post_init__(self):
-            if isinstance(self.mixture, str):  # the checkpoint holds the mixture, not its name
-                self.mixture = load_mixture(self.mixture).spec()
-            else:
-                GaussianMixture(**self.mixture)  # an error where it is none
-
-    @dataclass
-    class Spec(Options, Data.Spec):
-        def __post_init__(self):
-            modes = len(GaussianMixture(**self.mixture).weights) * self.conditional
-            if (self.shape, self.classes) != ([2], modes):
-                raise ValueError(f"shape {self.shape} and {self.classes} classes do not fit")
-
-    # what a student changes in its teacher's recipe; it clips, as a solve may go astray
-    distil: ClassVar = dict(steps=8_000, batch_size=1024, lr=2e-3, clip=1.0)
-
-    def __init__(self, options: Options):
-        self.options, self.mixture = options, GaussianMixture(**options.mixture)
-        self.conditional = options.conditional
-
-    @staticmethod
-    def recipe(options: Options) -> dict:
-        """Two threads would slow the MLP down."""
-        recipe = dict(formulation="rf", precision="fp32", depth=2, steps=27_000, batch_size=1024)
-        recipe |= dict(lr=1e-2, warmup=500, decay=True, beta2=0.99, eps=1e-8, clip=None)
-        recipe |= dict(ema_every=10, block=25, log_every=100, validation=1024, threads=1)
-        mmdit = dict(steps=6_000, batch_size=256, lr=2e-3, clip=1.0, threads=None)
-        return recipe | (mmdit if options.network == "mmdit" else {})
-
-    def spec(self) -> dict:
-        classes = len(self.mixture.weights) if self.conditional else 0
-        return asdict(self.Spec([2], classes, **asdict(self.options)))
-
-    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
-        drawn = self.mixture.sample(size, seeded(seed, n, micro, DATA))
-        return [x.to(device) for x in drawn[: 1 + self.conditional]]
-
-    def held_out(self, n: int) -> list[Tensor]:
-        return list(self.mixture.sample(n, seeded(0, 0, 0, HELD_OUT))[: 1 + self.conditional])
-
-    @staticmethod
-    def network(spec: dict, recipe) -> nn.Module:
-        if spec["network"] == "mlp":
-            return MLP(spec["classes"])
-        shape = dict(in_channels=2, patch_size=1, pos_embed_max_size=1, tokens=1)
-        return ClassMMDiT(spec["classes"], recipe.depth, **shape)
-
-    @classmethod
-    def conditions(cls, spec, n, label=None, data=None, generator=None):
-        """Labels, where none is asked for, are as frequent as their modes."""
-        if label is not None or not spec["classes"]:
-            return super().conditions(spec, n, label)
-        return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
-
-    @classmethod
-    def write(cls, spec: dict, file: File, x0: Tensor, *labels: Tensor, seed=0, **how) -> File:
-        """A picture (.png) or arrays (.npz), and the metrics beside those of the exact field from
-        the same noise, which `seed` draws again."""
-        mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
-        if file.suffix == ".npz":
-            np.savez(file, x0.numpy(), *(c.numpy() for c in labels))
-        if labels and len(labels[0].unique()) == 1:
-            mixture, labels = mixture.component(labels[0][0].item()), ()
-        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
-        data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
-        if file.suffix == ".png":
-            hues, few = pictures.hues(noise[:2000]), data[: min(n, 2000)]
-            pictures.draw_samples(mixture.scene(), x0[:2000], few, hues).save(file)
-        if n > 1:
-            few = [c[: len(noise)] for c in labels]
-            best = solve(mixture.field(RectifiedFlow()), noise, *few, steps=50, method="heun")
-            both = {"samples": x0, "exact field, same noise": best}
-            rows = {k: sample_metrics(x[:10_000], data[:10_000], mixture) for k, x in both.items()}
-            print(metrics_table(rows))
-        return file
-
-    # ---- What a run shows
-    def metrics(self, model) -> dict[str, float]:
-        """The relative excess of a formulation: of a student's targets no best answer is known."""
-        if model.device.type != "cpu" or not isinstance(model.objective, Formulation):
-            return {}
-        how = dict(conditional=self.conditional, n=8192)
-        return {"excess": relative_excess(model.guided(), model.objective, self.mixture, **how)}
-
-    @torch.no_grad()
-    def report(self, model, out: File, teacher=None) -> None:
-        """At the end of a run: the table and the pictures of a flow, or of a student."""
-        model.network.cpu()
-        if teacher:
-            teacher.network.cpu()
-            self._compare(model, out, teacher)
-            return
-        excess = relative_excess(model.guided(), model.objective, self.mixture, self.conditional)
-        print(f"relative excess of the network's error {shown(excess, '.2e')}")
-        run = lambda noise, *cond: model.sample(noise, *cond, steps=50, method="heun")
-        y = yardsticks(run, self.mixture, self.conditional)
-        exact = {key: y[f"exact_{key}"] for key in ("energy", "total_variation", "outliers")}
-        learned = y | {"energy": y["energy"] + exact["energy"]}
-        print("10,000 samples in 50 Heun steps, the exact field's from the same noise; 3 seeds:")
-        print(metrics_table({"learned": learned, "exact": exact}))
-        difference, error = shown(y["energy"], ".2e"), shown(y["energy_error"], ".0e")
-        print(f"difference of the energy distances {difference} (+- {error})")
-        self._draw_flow(model, out)
-
-    def _draw_flow(self, model, out: File) -> None:
-        null, scene, path = model.network.null_cond, self.mixture.scene(), RectifiedFlow()
-        field = lambda z, t: model.velocity(z, t, *(c.expand(len(z)) for c in null))
-        exact, generator, errors = self.mixture.field(path), torch.Generator().manual_seed(0), {}
-        zs = trajectory(field, torch.randn(900, 2, generator=generator), torch.linspace(1, 0, 49))
-        pictures.draw_flow(scene, zs).save(out / "flow.png")
-        pictures.save_gif(out / "flow.gif", scene, zs[:, :700])
-        x0, _ = self.mixture.sample(20_000, generator)
-        eps = torch.randn(20_000, 2, generator=generator)
-        for t in (0.9, 0.5, 0.1):
-            z = path.interpolate(x0, eps, t)
-            u, v = exact(z, t), field(z, torch.full((len(z),), t))
-            errors[t] = ((v - u).square().mean() / u.square().mean()).item()
-        pictures.draw_field(scene, field, exact, errors).save(out / "field.png")
-        of = " of all modes, without labels" * self.conditional
-        print(f"pictures{of}: {out}/flow.png, {out}/field.png, {out}/flow.gif")
-
-    def _compare(self, student, out: File, teacher) -> None:
-        """A student and its teacher: yardsticks at equal evaluations, then the student's steps and
-        the curvature of both, on the student's own path."""
-        energy, flow = {}, student.objective
-
-        def measure(model, steps: int) -> str:
-            run = lambda noise, *cond: model.sample(noise, *cond, steps=steps)
-            y = yardsticks(run, self.mixture, self.conditional)
-            energy[model is student, steps] = y["energy"]
-            error, outliers = f"{y['energy_error']:.0e}", shown(y["outliers"], ".2%")
-            return f"{shown(y['energy'], '.2e')} +- {error}{outliers:>9}"
-
-        print("energy distance above the exact field's, and the share further than 4 sigma:")
-        self.compare(student, teacher, measure)
-        if (True, 4) in energy:
-            gap = energy[False, 4] - energy[False, 100]
-            closed = (energy[False, 4] - energy[True, 4]) / gap if gap else math.nan
-            print(f"4-step gap (the teacher's 4 steps less its 100) closed: {shown(closed, '.1%')}")
-        _, labels, noise, _ = reference(self.mixture, 0, 10_000, self.conditional)
-        cond, edges = [labels[:2000]] * self.conditional, flow.times(flow.fewest).float()
-        few, walks = [c[:24] for c in cond], {}
-        a, b, _, _ = (c[:, None, None] for c in flow.path.coefficients(edges))
-        for name, v in (("teacher", flow.teacher), ("student", flow.velocity(student.guided()))):
-            ratios = curvature(v, b[0] * noise[:2000], edges, *cond)
-            windows = " ".join(shown(ratio, ".1e") for ratio in [ratios.mean(), *ratios])
-            print(f"curvature of the {name}: mean, then by window: {windows}")
-            steps = f"the {name} in {flow.fewest} step{'s' * (flow.fewest > 1)}"
-            zs = trajectory(v, b[0] * noise[:24], edges, *few, method="euler")
-            walks[steps] = zs / (a + b)  # on the RF path
-        exact = self.mixture.field(RectifiedFlow())
-        paths = trajectory(exact, noise[:24], torch.linspace(1, 0, 101), *few)
-        pictures.draw_walks(self.mixture.scene(), paths, walks).save(out / "windows.png")
-        print(f"pictures: {out}/windows.png")

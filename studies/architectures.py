@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.pictures import plot
+from data.shapes import Shapes
 from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
-from options import Count, Recipe, command
-from pictures import plot
 from rf import formulation
 from sample import Sampler
-from shapes import Shapes
-from studies.runs import markdown, run_missing, shown
-from train import State, batches, train, training_flops, validation_loss
+from studies.runs import markdown, mean_and_error, run_missing
+from train import State, batches, train, validation_loss
+from training.folder import training_flops
+from training.options import Count, Recipe, command, preset
 
 
 # ---- The rivals of section 5.2: each has MM-DiT's embeddings, adaLN and final layer
@@ -38,21 +39,23 @@ class CrossBlock(StreamBlock):
         self.key_value = nn.Linear(width, 2 * width)
 
     def forward(self, c: Tensor, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, scale, gate, *mlp = self.modulation(c)
-        q, k, v = (y.transpose(1, 2) for y in self.attn(modulate(x, shift, scale)))
+        """c (B,D), context (B,L,D), x (B,N,D) -> context and x."""
+        qkv, (gate, shift_mlp, scale_mlp, gate_mlp) = self.pre_attention(x, c)
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # (B,heads,N,64)
         x = x + gate * self.attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        heads = lambda y: y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        heads = lambda y: y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B,heads,.,64)
         q = heads(self.query(F.layer_norm(x, x.shape[-1:])))
         k, v = map(heads, self.key_value(context).chunk(2, dim=-1))
         x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        return context, x + mlp[2] * self.mlp(modulate(x, *mlp[:2]))
+        return context, x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class CrossDiT(MMDiT):
     def __init__(self, depth: int, qk_norm: bool = False, **shape):
         super().__init__(depth, **shape)
         self.joint_blocks = nn.ModuleList(CrossBlock(self.width, qk_norm) for _ in range(depth))
-        self._initialize()
+        for name, layer in self.named_modules():
+            self.initialize_layer(name, layer)
         for block in self.joint_blocks:  # so that each block starts as the identity
             nn.init.zeros_(block.proj.weight)
 
@@ -67,15 +70,18 @@ class UViT(MMDiT):
         for skip in self.skips:
             nn.init.zeros_(skip.weight), nn.init.zeros_(skip.bias)
 
-    def mixed(self, c: Tensor, x: Tensor) -> tuple[Tensor]:
-        left = []
+    def mixed(self, c: Tensor, context: Tensor, x: Tensor) -> Tensor:
+        """c (B,D), context (B,L,D), x (B,N,D) -> x after all blocks."""
+        tokens = torch.cat([context, x], dim=1)  # (B,L+N,D)
+        outputs = []  # of the first half's blocks
         for i, block in enumerate(self.joint_blocks):
             if i >= len(self.joint_blocks) - len(self.skips):
-                x = x + self.skips[len(left) - 1](left.pop())
-            (x,) = block(c, x)
+                skip = self.skips[len(outputs) - 1]
+                tokens = tokens + skip(outputs.pop())
+            tokens = self.computed(block, c, tokens)
             if i < len(self.skips):
-                left.append(x)
-        return (x,)
+                outputs.append(tokens)
+        return tokens[:, context.shape[1] :]
 
 
 def half_blind(part: str) -> type[MMDiT]:
@@ -83,8 +89,9 @@ def half_blind(part: str) -> type[MMDiT]:
 
     class HalfBlind(MMDiT):
         def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-            kept = {"context": (context, 0 * pooled), "pooled": (0 * context, pooled)}[part]
-            return super().forward(x, t, *kept)
+            if part == "context":
+                return super().forward(x, t, context, 0 * pooled)
+            return super().forward(x, t, 0 * context, pooled)
 
     return HalfBlind
 
@@ -99,6 +106,7 @@ NETWORKS = {
 }
 VARIANTS = [(name, 4) for name in NETWORKS] + [("DiT", 5), ("CrossDiT", 5), ("UViT", 5)]
 POINTS = 10  # of the curves
+RIGHT = ("all right", "shapes")  # two of the reader's verdicts
 
 
 # ---- A run: train, and look at the average of the weights ten times on the way
@@ -124,7 +132,7 @@ def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
     torch.set_num_threads(1)
     name, depth, seed = job
     data, curve, spent = Shapes(Shapes.Options()), [], 0.0
-    recipe = Recipe(**data.recipe(data.Options()) | dict(depth=depth, steps=steps, seed=seed))
+    recipe = Recipe(**preset("shapes") | dict(depth=depth, steps=steps, seed=seed))
     torch.manual_seed(seed)
     objective, state = formulation(recipe.formulation), State(network_of(name, depth), recipe)
     sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
@@ -148,8 +156,8 @@ def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
     stream.close()
     look()
     right = {}
-    for kind, new in (("seen", False), ("unseen", True)):
-        right[kind] = data.right(sampler, judged, new, steps=25, cfg=3.0)
+    for pairs, new in (("seen", False), ("unseen", True)):
+        right[pairs] = data.right(sampler, judged, new, steps=25, cfg=3.0)
     flops = recipe.batch_size * training_flops(state.network, *held_out)
     size = sum(p.numel() for p in state.network.parameters())
     return dict(job=job, steps=steps, curve=curve, flops=flops, parameters=size, **right)
@@ -169,18 +177,18 @@ def loss_at(run: dict, step: float) -> float:
 
 def table(runs: list[dict]) -> str:
     heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
-    heads += [f"{kind}: {what}" for kind in ("seen", "unseen") for what in ("all right", "shapes")]
+    heads += [f"{pairs}: {what}" for pairs in ("seen", "unseen") for what in RIGHT]
     rows = [heads]
     groups = {v: [r for r in runs if tuple(r["job"][:2]) == v] for v in VARIANTS}
     fastest = min(map(pace, groups.values()))
-    for (name, depth), own in groups.items():
-        cells = [f"{name}, depth {depth}", f"{own[0]['parameters'] / 1e6:.1f}M"]
-        cells.append(f"{1e3 * pace(own):.0f}")
-        cells.append(shown([run["curve"][-1][2] for run in own], ".4f"))
-        step = own[0]["steps"] * fastest / pace(own)
-        cells.append(shown([loss_at(run, step) for run in own], ".4f"))
-        for kind in ("seen", "unseen"):
-            cells += [shown([run[kind][k] for run in own], ".1%") for k in ("all right", "shapes")]
+    for (name, depth), seeds in groups.items():
+        cells = [f"{name}, depth {depth}", f"{seeds[0]['parameters'] / 1e6:.1f}M"]
+        cells.append(f"{1e3 * pace(seeds):.0f}")
+        cells.append(mean_and_error([run["curve"][-1][2] for run in seeds], ".4f"))
+        step = seeds[0]["steps"] * fastest / pace(seeds)
+        cells.append(mean_and_error([loss_at(run, step) for run in seeds], ".4f"))
+        for pairs in ("seen", "unseen"):
+            cells += [mean_and_error([run[pairs][what] for run in seeds], ".1%") for what in RIGHT]
         rows.append(cells)
     return markdown(*rows)
 
@@ -189,8 +197,8 @@ def draw(runs: list[dict]):
     """The curves of equal depth, averaged over seeds: log10 of the loss over the share of steps."""
     curves = {}
     for name in NETWORKS:
-        own = [run["curve"] for run in runs if run["job"][:2] == [name, VARIANTS[0][1]]]
-        y = torch.tensor([[loss for _, _, loss in curve] for curve in own]).log10().mean(0)
+        seeds = [run["curve"] for run in runs if run["job"][:2] == [name, VARIANTS[0][1]]]
+        y = torch.tensor([[loss for _, _, loss in curve] for curve in seeds]).log10().mean(0)
         curves[name] = torch.arange(1, len(y) + 1) / len(y), y
     span = span_of([y[1:] for _, y in curves.values()])
     return plot(curves, "log10 validation loss, over the share of the steps", *span)

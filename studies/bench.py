@@ -3,7 +3,7 @@
     python -m studies.bench --depth 12 --precision bf16 --compile --batch-size 64
     python -m studies.bench --plan --depth 38 --size 1024 --gpus 8 --precision bf16
 
-The toy's loops take turns, so that a busy moment hits all; the table has medians of the rounds."""
+The toy's loops take turns, so a busy moment hits all of them; the table has medians of rounds."""
 
 import statistics
 import time
@@ -16,17 +16,18 @@ import torch
 from torch.utils.benchmark import Timer
 
 import toy2d
+from data.toy import Toy
 from mmdit import MMDiT
-from options import Count, Recipe, command
-from parallel import check_device
 from rf import formulation
-from sample import autocast
 from studies.plan import PAPER, planned
-from train import State, batches, compile_blocks, train, training_flops
+from train import State, batches, train
+from training.folder import training_flops
+from training.options import Count, Recipe, command, preset
+from training.ranks import autocast, check_device, compile_blocks
 
 
 def bare_loop(mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool) -> Iterator:
-    """What one would write for rf alone: no EMA, schedule or log; `block` batches drawn at once."""
+    """The shortest loop for rf: no EMA, no schedule, no log. It draws `block` batches at once."""
     network = toy2d.MLP()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.9, 0.99), fused=fused)
     while True:
@@ -43,8 +44,8 @@ def bare_loop(mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool
 
 def bench_toy(rounds: int) -> None:
     torch.set_num_threads(1)
-    data, objective = toy2d.Toy(toy2d.Toy.Options()), formulation("rf")
-    recipe = Recipe(**data.recipe(data.options))
+    data, objective = Toy(Toy.Options()), formulation("rf")
+    recipe = Recipe(**preset("toy2d"))
     steps, size = 10 * recipe.block, recipe.batch_size
     state, stream = State(toy2d.MLP(), recipe), batches(data, objective, recipe)
     ours = lambda: train(state, objective, stream, replace(recipe, steps=state.step + steps))
@@ -63,9 +64,9 @@ def bench_toy(rounds: int) -> None:
             times[name].append((time.perf_counter() - start) / steps)
     stream.close()
     print(f"{'':38}{'us a step':>10}{'train.py is':>14}")
-    for name, own in times.items():
-        ratios = [a / b for a, b in zip(times["train.py"], own, strict=True)]
-        step, ratio = statistics.median(own[1:]), statistics.median(ratios[1:])
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(times["train.py"], seconds, strict=True)]
+        step, ratio = statistics.median(seconds[1:]), statistics.median(ratios[1:])
         print(f"{name:38}{1e6 * step:10.0f}{ratio:13.2f}x")
 
 
@@ -85,11 +86,9 @@ def run(
     gpus: Annotated[Count, "for --plan", 1, 10_000] = 8,
 ) -> None:
     if plan:
-        depths = sorted({*PAPER, depth})
-        print(
-            f"{size} x {size} pixels, {batch_size} of them on each of {gpus} GPUs, {precision}:\n"
-        )
-        print(planned(depths, size, batch_size, gpus, precision))
+        pictures = f"{size} x {size} pixels, {batch_size} of them"
+        print(f"{pictures} on each of {gpus} GPUs, {precision}:\n")
+        print(planned(sorted({*PAPER, depth}), size, batch_size, gpus, precision))
         return
     threads, device = torch.get_num_threads(), check_device(device)
     bench_toy(rounds)
@@ -98,7 +97,7 @@ def run(
     side, noise = 16 * scale, partial(torch.randn, device=device)  # patches of 2 x 2
     network = MMDiT(depth, pos_embed_max_size=side).to(device)
     for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.02)  # at initialisation all gradients but few are zeros
+        torch.nn.init.normal_(p, std=0.02)  # at the start almost all gradients are zeros
     if compile:
         compile_blocks(network)
     x = noise(batch_size, 16, 2 * side, 2 * side)
@@ -116,11 +115,11 @@ def run(
     timed = lambda call: Timer("call()", globals={"call": call}, num_threads=threads)
     median = lambda call: timed(call).blocked_autorange(min_run_time=rounds / 4).median
     matmul = 2 * n**3 / median(lambda: torch.mm(a, b, out=product))
-    seconds, size = median(step), sum(p.numel() for p in network.parameters())
+    seconds, weights = median(step), sum(p.numel() for p in network.parameters())
     rate = batch_size * training_flops(network, x, *cond) / seconds
-    how = f"{side**2} + {context} tokens, batch {batch_size}, {precision}"
-    how += f"{' compiled' * compile}, {device}"
-    print(f"MM-DiT depth {depth}, {size / 1e6:.1f}M parameters, {how}")
+    compiled = " compiled" if compile else ""
+    setting = f"{side**2} + {context} tokens, batch {batch_size}, {precision}{compiled}, {device}"
+    print(f"MM-DiT depth {depth}, {weights / 1e6:.1f}M parameters, {setting}")
     print(f"forward + backward {1e3 * seconds:.1f} ms, {rate / 1e12:.3f} TFLOP/s")
     print(f"a {n} x {n} matmul {matmul / 1e12:.3f} TFLOP/s: {rate / matmul:.0%} of it is reached")
 

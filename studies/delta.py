@@ -2,9 +2,9 @@
 
     python -m studies.delta               9 minutes on two cores
 
-For each seed there are a teacher, students of it with several learning rates, and the teacher
-fine-tuned on its mixture turned or moved. The table says by how much Delta W lowers the 4-step
-energy distance of models that its student never saw, and how good that student is itself."""
+Each seed has a teacher, students of it with several learning rates, and copies of the teacher that
+are fine-tuned on its mixture, turned or moved. The table says by which factor Delta W lowers the
+4-step energy distance of these copies, which its student never saw, and how good the student is."""
 
 import copy
 import math
@@ -17,14 +17,12 @@ import numpy as np
 import torch
 
 import perflow
-from checkpoint import start_from
-from data import Dataset
-from options import Count, Recipe, command, pick
+from data.toy import Toy
 from rf import formulation
 from sample import Sampler
-from studies.runs import markdown, run_missing, shown
-from toy2d import GaussianMixture, Toy, load_mixture, yardsticks
-from train import State, batches, train
+from studies.runs import learned, markdown, mean_and_error, run_missing
+from toy2d import GaussianMixture, load_mixture, yardsticks
+from training.options import Count, Recipe, command, pick, preset
 
 CHANGES = {"5°": (5, 0), "10°": (10, 0), "22.5°": (22.5, 0), "moved 0.3": (0, 0.3)}
 STUDENTS = {  # learning rate, steps, batch size
@@ -43,53 +41,39 @@ def turned(mixture: GaussianMixture, degrees: float, shift: float) -> GaussianMi
     return GaussianMixture(means, turn @ mixture.covs @ turn.T, mixture.weights)
 
 
-def learned(start: Sampler | None, data: Dataset, objective, recipe: Recipe) -> Sampler:
-    """A network trained on these data, from the weights of `start` or from none."""
-    torch.manual_seed(recipe.seed)
-    network = data.network(data.spec(), recipe)
-    if start:
-        start_from(network, start.network.state_dict(), "the start")
-    state = State(network, recipe)
-    torch.manual_seed(recipe.seed)  # of what a critic draws, whatever the network has drawn
-    stream = batches(data, objective, recipe, network.null_cond)
-    train(state, objective, stream, recipe)
-    stream.close()
-    return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
-
-
 def fine_tuned(teacher: Sampler, data: Toy, steps: int, seed: int = 0) -> Sampler:
-    """The teacher after so many more steps on these data."""
+    """The teacher after these many steps more, on these data."""
     changes = {"steps": steps, "lr": 1e-3, "warmup": 100, "seed": seed}
     return learned(teacher, data, teacher.objective, pick(Recipe, teacher.config | changes))
 
 
 def trained(job: tuple[str, int], steps: int) -> dict:
-    """All of one seed: {student: |Delta W|/|W|, its own energy, and what it lowers each change by}.
-    steps are those of fine-tuning."""
+    """All of one seed: {student: |Delta W|/|W|, the student's energy, and the factor by which its
+    Delta W lowers that of each change}. `steps` are those of fine-tuning."""
     torch.set_num_threads(1)
     mixture, seed = load_mixture(job[0]), job[1]
     data = Toy(Toy.Options(mixture.spec()))
-    recipe = Recipe(**data.recipe(data.options) | {"seed": seed})
+    recipe = Recipe(**preset("toy2d") | {"seed": seed})
     teacher = learned(None, data, formulation(recipe.formulation), recipe)
     energy = lambda model, truth: yardsticks(partial(model.sample, steps=4), truth)["energy"]
-    own = {}
+    models = {}
     for name, change in CHANGES.items():
         truth = turned(mixture, *change)
-        own[name] = fine_tuned(teacher, Toy(Toy.Options(truth.spec())), steps, seed), truth
+        models[name] = fine_tuned(teacher, Toy(Toy.Options(truth.spec())), steps, seed), truth
     students = {}
     for name, (lr, number, size) in STUDENTS.items():
         options = perflow.PeRFlow.Options()
         objective = perflow.PeRFlow.of(teacher.objective, options, teacher.guided)
-        how = replace(recipe, lr=lr, steps=number, batch_size=size, clip=1.0)
-        student = learned(teacher, data, objective, how)
+        changed = replace(recipe, lr=lr, steps=number, batch_size=size, clip=1.0)
+        student = learned(teacher, data, objective, changed)
         delta = perflow.delta(student.network, teacher.network)
-        found = {"ratio": perflow.norm(delta) / perflow.norm(teacher.network.state_dict())}
-        found["own"] = energy(student, mixture)
-        for change, (model, truth) in own.items():
+        result = {"ratio": perflow.norm(delta) / perflow.norm(teacher.network.state_dict())}
+        result["own"] = energy(student, mixture)
+        for change, (model, truth) in models.items():
             plugged = replace(model, network=copy.deepcopy(model.network), objective=objective)
             perflow.plug(plugged.network, delta)
-            found[change] = energy(model, truth) / energy(plugged, truth)
-        students[name] = found
+            result[change] = energy(model, truth) / energy(plugged, truth)
+        students[name] = result
     return {"job": job, "steps": steps, "students": students}
 
 
@@ -97,10 +81,9 @@ def table(runs: list[dict]) -> str:
     heads = ["student: lr, steps", "ΔW/W", "its own energy", *CHANGES, "the worst at 10°"]
     rows = [heads]
     for name in STUDENTS:
-        own = [run["students"][name] for run in runs]
-        column = lambda key, own=own: [found[key] for found in own]
-        cells = [name, f"{np.mean(column('ratio')):.2f}", shown(column("own"), ".1e")]
-        cells += [f"{shown(column(change), '.1f')}" for change in CHANGES]
+        column = lambda key: [run["students"][name][key] for run in runs]
+        cells = [name, f"{np.mean(column('ratio')):.2f}", mean_and_error(column("own"), ".1e")]
+        cells += [mean_and_error(column(change), ".1f") for change in CHANGES]
         rows.append([*cells, f"{min(column('10°')):.1f}"])
     return markdown(*rows)
 

@@ -1,8 +1,8 @@
-"""What each path costs by itself: the exact field in few steps, nothing trained.
+"""What each path costs by itself: the exact field in a few steps. Nothing is trained.
 
     python -m studies.exact
 
-The table has the energy distance above the converged exact field's, in thousandths."""
+The table has the energy distance above that of the converged exact field, in thousandths."""
 
 import itertools
 from typing import Annotated
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 import toy2d
-from options import command
+from data.toy import number
 from rf import EDM, Field, Formulation, formulation, solve
+from training.options import command
 
 SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
 COUNTS = (1, 2, 5, 10, 25, 50)
 
 
 def exact_network(formula: Formulation, mixture: toy2d.GaussianMixture) -> Field:
-    """The best network there is: E[target | z], called as any network is."""
+    """The best network there is, E[target | z], with the call of any network."""
 
     def network(z_in: Tensor, t: Tensor) -> Tensor:
         z = z_in / formula.path.c_in(t)[:, None]
@@ -29,8 +30,8 @@ def exact_network(formula: Formulation, mixture: toy2d.GaussianMixture) -> Field
 
 
 def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, method: str) -> Tensor:
-    """The exact field's samples on the path's default grid, ending with x0_hat. heun and rk4 step
-    in sigma instead of t where a = 1 (EDM); first order is the plane's step."""
+    """The exact field's samples on the path's default grid; the last step gives x0_hat. heun and
+    rk4 step in sigma instead of t where a = 1 (EDM); first order is the plane's step."""
     if method == "first order":
         return formula.sample(exact_network(formula, mixture), noise, steps=steps)
     path, times = formula.path, formula.path.grid(steps)
@@ -51,8 +52,8 @@ def run(mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring",)) -> Non
         print("|---" * (2 + len(COUNTS)) + "|")
         for key, method in itertools.product(SHOWN, ("first order", "heun", "rk4")):
             xs = (exact_samples(formulation(key), mixture, noise, n, method) for n in COUNTS)
-            far = [1e3 * (toy2d.energy_distance(x, data) - best["energy"]) for x in xs]
-            cells = " | ".join(toy2d.shown(e, ".2f") for e in far)
+            excess = [1e3 * (toy2d.energy_distance(x, data) - best["energy"]) for x in xs]
+            cells = " | ".join(number(e, ".2f") for e in excess)
             print(f"| {key} | {method} | {cells} |", flush=True)
 
 

@@ -2,9 +2,9 @@
 
     python -m studies.fewstep        an hour on two cores
 
-All learn from the same teacher with as many of its evaluations, rows and steps. Learning rates are
-scanned on the first seed, five a method; the best of them meets the other seeds. A method has as
-many evaluations as its sampler can use: what it cannot do in so few is left out."""
+All learn from the same teacher, with equal numbers of its evaluations, of rows and of steps. The
+first seed tries five learning rates a method; the other seeds take the best of them. A method is
+left out where its sampler cannot use so few evaluations."""
 
 import itertools
 import math
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import toy2d
-from checkpoint import load_weights, save
-from options import Count, Recipe, command
-from pictures import WARM, Canvas, hues, tile
+from data.pictures import WARM, Canvas, hues, tile
+from data.toy import Toy, number
+from data.toy import scene as scene_of
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
-from studies.delta import learned
 from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
-from studies.runs import markdown, run_file, run_missing, shown
-from toy2d import Toy, load_mixture, yardsticks
+from studies.runs import learned, markdown, mean_and_error, run_file, run_missing
+from toy2d import load_mixture, yardsticks
+from training.checkpoint import load_weights, save
+from training.options import Count, Recipe, command, preset
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
 
@@ -56,7 +56,7 @@ def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     """A toy model as `train.py` trains it, kept in `out`."""
     data = Toy(Toy.Options(mixture))
     file = run_file(out, (mixture, seed)).with_suffix(".pt")
-    recipe = Recipe(**data.recipe(data.options) | {"seed": seed})
+    recipe = Recipe(**preset("toy2d") | {"seed": seed})
     if not file.exists():
         model = learned(None, data, formulation(recipe.formulation), recipe)
         save(file, model.network.state_dict())
@@ -73,14 +73,14 @@ def judged(draw: Callable[[Tensor], Tensor], mixture: str) -> dict[str, float]:
 
 def untrained(job: tuple[str, str, int], steps: int, out: File) -> dict:
     """The run (mixture, "teacher", seed): {solver: {evaluations: scores}} of the teacher, and its
-    energy distance in 50 steps of Heun, which hardly errs."""
+    energy distance in 50 steps of Heun, where the solver's error is small."""
     torch.set_num_threads(1)
     mixture, _, seed = job
     field, scores = flow(teacher_of(mixture, seed, out)), {}
     for name, (solver, power) in UNTRAINED.items():
-        stages, how = len(SOLVERS.get(solver, "1")[0]), dict(solver=solver, power=power)
-        draws = {n: partial(few_steps, field, **how, steps=n // stages) for n in COUNTS}
-        scores[name] = {str(n): judged(d, mixture) for n, d in draws.items() if n % stages == 0}
+        stages = len(SOLVERS[solver][0]) if solver in SOLVERS else 1  # evaluations of a step
+        draw = lambda n: partial(few_steps, field, solver=solver, power=power, steps=n // stages)
+        scores[name] = {str(n): judged(draw(n), mixture) for n in COUNTS if n % stages == 0}
     floor = judged(partial(few_steps, field, solver="heun", power=1, steps=50), mixture)["energy"]
     return dict(job=job, steps=steps, scores=scores, floor=floor)
 
@@ -91,7 +91,7 @@ def trained(job: tuple[str, str, float, int], steps: int, out: File) -> dict:
     torch.set_num_threads(1)
     mixture, name, lr, seed = job
     teacher, data = teacher_of(mixture, seed, out), Toy(Toy.Options(mixture))
-    recipe = data.recipe(data.options) | data.distil
+    recipe = preset("toy2d") | preset("toy2d student")
     recipe |= dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
     start = time.perf_counter()
     students = METHODS[name].train(teacher, data, Recipe(**recipe))
@@ -108,17 +108,17 @@ def trained(job: tuple[str, str, float, int], steps: int, out: File) -> dict:
 
 # ---- The tables and the picture
 def energy(run: dict) -> float:
-    """In its fewest evaluations."""
-    found = next(iter(run["scores"].values()))["energy"]
-    return found if math.isfinite(found) else math.inf
+    """The energy distance in the run's fewest evaluations."""
+    value = next(iter(run["scores"].values()))["energy"]
+    return value if math.isfinite(value) else math.inf
 
 
 def cells(scores: Sequence[dict]) -> list[str]:
-    """Of all seeds: the energy distance by evaluations, and the outliers in 1 and 4."""
+    """Energy distances by evaluations, and the outliers in 1 and 4, of these seeds' scores."""
     column = lambda n, key: [s[str(n)][key] for s in scores if str(n) in s]
-    told = [shown(column(n, "energy"), ".1e") if column(n, "energy") else "–" for n in COUNTS]
-    share = [f"{np.mean(c):.1%}" if (c := column(n, "outliers")) else "–" for n in (1, 4)]
-    return told + share
+    energies = [mean_and_error(c, ".1e") if (c := column(n, "energy")) else "–" for n in COUNTS]
+    outliers = [f"{np.mean(c):.1%}" if (c := column(n, "outliers")) else "–" for n in (1, 4)]
+    return energies + outliers
 
 
 def table(bases: list[dict], runs: list[dict]) -> str:
@@ -126,26 +126,25 @@ def table(bases: list[dict], runs: list[dict]) -> str:
     rows = [["method", *map(str, COUNTS), *heads]]
     for name in UNTRAINED:
         rows.append([name, *cells([run["scores"][name] for run in bases]), *"––––"])
-    pairs = f"{pair_count(runs[0]['steps'], Toy.distil['batch_size']):,}"
+    pairs = f"{pair_count(runs[0]['steps'], preset('toy2d student')['batch_size']):,}"
     for name, method in METHODS.items():
-        own = [run for run in runs if run["job"][1] == name]
-        spent = min(run["seconds"] for run in own)  # of the run that was disturbed least
-        kept, lr = pairs if method.pairs else "–", own[0]["job"][2]
-        told = f"{lr:g}", f"{spent:.0f}", kept, method.holds
-        rows.append([name, *cells([run["scores"] for run in own]), *told])
+        seeds = [run for run in runs if run["job"][1] == name]
+        lr, seconds = seeds[0]["job"][2], min(run["seconds"] for run in seeds)  # least disturbed
+        costs = f"{lr:g}", f"{seconds:.0f}", pairs if method.pairs else "–", method.holds
+        rows.append([name, *cells([run["scores"] for run in seeds]), *costs])
     return markdown(*rows)
 
 
 def draw(runs: list[dict], mixture: str):
-    """What the first seed's students draw in their fewest evaluations, from the same noise."""
+    """Draw the samples of these students in their fewest evaluations, from the same noise."""
     truth, generator = load_mixture(mixture), torch.Generator().manual_seed(0)
-    scene, colours = truth.scene(), hues(torch.randn(1000, 2, generator=generator))
+    scene, colours = scene_of(truth), hues(torch.randn(1000, 2, generator=generator))
     data, _ = truth.sample(1000, generator)
     panels = [Canvas(scene, 260).glow(0).points(data, [WARM] * 1000, 3).done("the data")]
     for run in runs:
         x = torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9)
         n = next(iter(run["scores"]))
-        label = f"{run['job'][1]}: {n} step{'s' * (n != '1')}"
+        label = f"{run['job'][1]}: {'1 step' if n == '1' else f'{n} steps'}"
         panels.append(Canvas(scene, 260).glow(0).points(x, colours, 3).done(label))
     return tile([panels[:7], panels[7:]])
 
@@ -153,13 +152,13 @@ def draw(runs: list[dict], mixture: str):
 def report(mixture: str, bases: list[dict], scan: list[dict], runs: list[dict], out: File) -> None:
     print(f"\n{mixture}: energy distance above the exact field's, by evaluations\n")
     print(table(bases, runs))
-    floor = shown([base["floor"] for base in bases], ".1e")
+    floor = mean_and_error([base["floor"] for base in bases], ".1e")
     print(f"\nThe teachers themselves have {floor} in 50 steps of Heun.")
     print(f"\n{mixture}: the scans, in the fewest evaluations; times the middle one\n")
     rows = [["method", "middle", *(f"{factor:g}" for factor in FACTORS)]]
     for name, method in METHODS.items():
         values = [energy(run) for run in scan if run["job"][1] == name]
-        rows.append([name, f"{method.lr:g}", *(toy2d.shown(v, ".1e") for v in values)])
+        rows.append([name, f"{method.lr:g}", *(number(v, ".1e") for v in values)])
     print(markdown(*rows))
     file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
     draw(runs[: len(METHODS)], mixture).save(file)
@@ -174,24 +173,23 @@ def run(
 ) -> None:
     for mixture in mixtures:
         load_mixture(mixture)
-    # teachers, the scans on the first seed, the best of them on the others
-    make = partial(run_missing, out, steps=steps)
-    bases = make(
-        jobs=[(m, "teacher", s) for m in mixtures for s in range(seeds)],
-        work=partial(untrained, steps=steps, out=out),
-        keys={"scores", "floor"},
-    )
+    # teachers
+    jobs = [(m, "teacher", s) for m in mixtures for s in range(seeds)]
+    work = partial(untrained, steps=steps, out=out)
+    bases = run_missing(out, jobs, work, steps, {"scores", "floor"})
+    # scans on the first seed
     work, keys = partial(trained, steps=steps, out=out), {"scores", "seconds", "samples"}
     rates = {name: [method.lr * factor for factor in FACTORS] for name, method in METHODS.items()}
     jobs = [(m, name, lr, 0) for m in mixtures for name in METHODS for lr in rates[name]]
-    scan = make(jobs=jobs, work=work, keys=keys)
-    of = itertools.groupby(scan, key=lambda run: run["job"][:2])  # neighbours: one scan each
-    best = [min(own, key=energy)["job"][:3] for _, own in of]
+    scans = run_missing(out, jobs, work, steps, keys)
+    # the best rates on all seeds
+    groups = itertools.groupby(scans, key=lambda run: run["job"][:2])  # neighbours are one scan
+    best = [min(group, key=energy)["job"][:3] for _, group in groups]
     jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
-    runs = make(jobs=jobs, work=work, keys=keys)
+    runs = run_missing(out, jobs, work, steps, keys)
     for mixture in mixtures:
-        own = ([run for run in part if run["job"][0] == mixture] for part in (bases, scan, runs))
-        report(mixture, *own, out)
+        of_mixture = lambda runs: [run for run in runs if run["job"][0] == mixture]
+        report(mixture, of_mixture(bases), of_mixture(scans), of_mixture(runs), out)
 
 
 if __name__ == "__main__":

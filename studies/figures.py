@@ -1,9 +1,9 @@
-"""Two pictures: the exact flow lines of each path, and the densities of t with the log-SNRs.
+"""Two pictures: the exact flow lines of each path, and the densities of t beside the log-SNRs.
 
     python -m studies.figures --out assets
 
-paths.png has each path in its own coordinates, with five first-order steps in white. densities.png
-is SD3's figure 11 beside the log-SNR of every path."""
+paths.png has each path in its coordinates, with five first-order steps in white. densities.png is
+SD3's figure 11, and beside it the log-SNR of every path."""
 
 from pathlib import Path as File
 from typing import Annotated
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import toy2d
-from options import command
-from pictures import Canvas, hues, plot, tile
+from data.pictures import Canvas, hues, plot, tile
+from data.toy import scene
 from rf import formulation
 from studies.exact import SHOWN, exact_network
+from training.options import command
 
 SAMPLED = ("rf", "rf/lognorm(0.00,1.00)", "rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/cosmap")
 
@@ -44,7 +45,7 @@ def run(
     for key in SHOWN[:4]:
         lines = walk(formulation(key), truth, noise, 400)
         steps = walk(formulation(key), truth, noise[:12], 5)
-        canvas = Canvas(truth.scene(), 420).glow(0).lines(lines, colours, 90)
+        canvas = Canvas(scene(truth), 420).glow(0).lines(lines, colours, 90)
         canvas.lines(steps, colours[:12], 230).points(steps.flatten(0, 1), [(255,) * 3] * 72, 4)
         panels.append(canvas.done(key))
     title = "Exact flow lines; in white, five first-order steps"

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmdit
-from data import CHECKPOINTED
+from data.base import CHECKPOINTED
 from mmdit import MMDiT
-from sample import autocast
 from studies.runs import markdown
-from train import training_flops
+from training.folder import training_flops
+from training.ranks import autocast
 
 PAPER = (15, 18, 21, 30, 38)  # SD3's depths
 TOKENS = 77 + 77  # CLIP's and T5's
@@ -37,18 +37,18 @@ class FusedAttention(torch.autograd.Function):
 def left_for_backward(call: Callable[[], object], known: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps after call(), each storage once, without those of known tensors."""
     known = {x.untyped_storage()._cdata for x in known}
-    kept = {}
+    storages = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in known:
-            kept[storage._cdata] = storage  # held, or its number may come again
+            storages[storage._cdata] = storage  # held, or its number may come again
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = call()
     del result
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def activations(network: MMDiT, precision: str, *inputs: Tensor) -> tuple[int, int]:
@@ -65,20 +65,20 @@ def activations(network: MMDiT, precision: str, *inputs: Tensor) -> tuple[int, i
     with attend, autocast(precision, torch.device("cpu")):
         whole = left_for_backward(lambda: network(*inputs), [*weights, *inputs])
         block, number = network.joint_blocks[0], len(network.joint_blocks)
-        own = left_for_backward(lambda: block(c, *streams), [*weights, *streams, c])
+        single = left_for_backward(lambda: block(c, *streams), [*weights, *streams, c])
     if precision == "bf16":  # the rounded copies of weights are counted by themselves
         whole -= 2 * sum(w.numel() for w in network.parameters())
-        own -= 2 * sum(w.numel() for w in block.parameters())
+        single -= 2 * sum(w.numel() for w in block.parameters())
     entering = sum(stream.nbytes for stream in streams)
-    return whole, whole - number * own + number * entering + own
+    return whole, whole - number * single + number * entering + single
 
 
 def planned(depths: Iterable[int], size: int, batch_size: int, gpus: int, precision: str) -> str:
     """The table, for pictures of size x size whose latents have an eighth of it and 16 channels,
     batch_size of them on each rank."""
-    heads = "depth", "weights", "PFLOPs a step", "weights, gradients, moments, average"
-    kinds = "activations", "checkpointed", "a rank", f"a rank of {gpus}, --shard"
-    rows = [[*heads, *kinds]]
+    heads = ["depth", "weights", "PFLOPs a step", "weights, gradients, moments, average"]
+    heads += ["activations", "checkpointed", "a rank", f"a rank of {gpus}, --shard"]
+    rows = [heads]
     side, G = size // 8, lambda n: f"{n / 1e9:.3g} GB"
     for depth in depths:
         shape = dict(pos_embed_max_size=max(side // 2, 64), qk_norm=True)
@@ -94,9 +94,9 @@ def planned(depths: Iterable[int], size: int, batch_size: int, gpus: int, precis
         P = sum(w.numel() for w in network.parameters())
         block = sum(w.numel() for w in network.joint_blocks[0].parameters())
         copy = 2 if precision == "bf16" else 0
-        kept = checkpointed if depth >= CHECKPOINTED else whole
-        alone = (20 + copy) * P + kept
-        shared = 20 * P / gpus + 2 * (copy or 4) * block + 4 * block + kept
+        left = checkpointed if depth >= CHECKPOINTED else whole
+        alone = (20 + copy) * P + left
+        shared = 20 * P / gpus + 2 * (copy or 4) * block + 4 * block + left
         parts = " + ".join(f"{n * P / 1e9:.3g}" for n in (4, 4, 8, 4)) + " GB"
         cells = f"{depth}", f"{P / 1e9:.3g}B", f"{batch_size * gpus * flops / 1e15:.3g}", parts
         rows.append([*cells, *map(G, (whole, checkpointed, alone, shared))])

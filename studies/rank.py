@@ -2,8 +2,8 @@
 
     python -m studies.rank                18 minutes on two cores; --all for the paper's 61
 
-Each run is trained, sampled from its EMA weights, kept as a file in --out, and not made again. The
-table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
+A run trains a formulation and samples from its EMA weights; its file in --out is not made again.
+The table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import toy2d
-from options import Count, Recipe, command
+from data.toy import Toy, number
 from rf import STUDY, formulation
-from studies.runs import markdown, run_missing
-from train import State, batches, train
+from studies.runs import learned, markdown, run_missing
+from training.options import Count, Recipe, command, preset
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
     "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
@@ -42,29 +42,26 @@ STEPS = (5, 10, 25, 50)
 
 @torch.no_grad()
 def trained(job: tuple[str, str, int], steps: int) -> dict:
-    """A run of the study: train, sample the average of the weights in each number of steps, measure
-    the energy distance above the exact field's from the same noise, and the outliers."""
+    """The run (formulation, mixture, seed): train, sample with the average of the weights, measure
+    the outliers and the energy distance above the exact field's from the same noise."""
     torch.set_num_threads(1)
     name, mixture, seed = job[0], toy2d.load_mixture(job[1]), job[2]
-    data, formula = toy2d.Toy(toy2d.Toy.Options(mixture.spec())), formulation(name)
-    recipe = Recipe(**data.recipe(data.options) | dict(formulation=name, steps=steps, seed=seed))
-    torch.manual_seed(seed)
-    state, stream = State(toy2d.MLP(), recipe), batches(data, formula, recipe)
+    data, formula = Toy(Toy.Options(mixture.spec())), formulation(name)
+    recipe = Recipe(**preset("toy2d") | dict(formulation=name, steps=steps, seed=seed))
     with torch.enable_grad():
-        train(state, formula, stream, recipe)
-    stream.close()
+        network = learned(None, data, formula, recipe).network
     run = {"job": job, "name": name, "mixture": job[1], "seed": seed, "steps": steps}
-    run["excess"] = toy2d.relative_excess(state.average, formula, mixture)
+    run["excess"] = toy2d.relative_excess(network, formula, mixture)
     points, _, noise, exact = toy2d.reference(mixture, seed)
     for n in STEPS:
-        x = formula.sample(state.average, noise, steps=n)
-        own = toy2d.sample_metrics(x, points, mixture)
-        run[str(n)] = {"energy": own["energy"] - exact["energy"], "outliers": own["outliers"]}
+        x = formula.sample(network, noise, steps=n)
+        m = toy2d.sample_metrics(x, points, mixture)
+        run[str(n)] = {"energy": m["energy"] - exact["energy"], "outliers": m["outliers"]}
     return run
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """1 for the smallest; equals share their mean rank, and what diverged (nan) is last."""
+    """Rank 1 for the smallest. Equal values share their mean rank; what diverged (nan) is last."""
     values = np.nan_to_num(np.asarray(values, dtype=float), nan=np.inf)
     below = (values[None] < values[:, None]).sum(1)
     return below + ((values[None] == values[:, None]).sum(1) + 1) / 2
@@ -76,7 +73,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def mean_ranks(runs: list[dict], names: list[str], steps: Sequence[int]) -> np.ndarray:
-    """Each name's rank by energy distance, averaged over seeds, mixtures and these step counts."""
+    """The rank of each name by energy distance, averaged over seeds, mixtures and these steps."""
     settings: dict[tuple, dict[str, float]] = {}
     for run in runs:
         for n in steps:
@@ -86,30 +83,30 @@ def mean_ranks(runs: list[dict], names: list[str], steps: Sequence[int]) -> np.n
 
 
 def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> str:
-    """The study's table in Markdown, best mean rank first, and the correlation with the paper's."""
+    """The table in Markdown, best mean rank first, and the correlation with the paper's ranks."""
     columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
     settings = [(m, n) for m in mixtures for n in STEPS]
     heads = ["variant", "rank all", "5", "50", "paper all", "5", "50"]
     heads += [f"{m} {n}" for m, n in settings] + ["outliers 50", "excess"]
     rows = [heads]
     for i in np.argsort(columns[0], kind="stable"):
-        own = [run for run in runs if run["name"] == names[i]]
+        group = [run for run in runs if run["name"] == names[i]]
         row = [f"{column[i]:.2f}" for column in columns]
         row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
         for m, n in settings:
-            mean = 1e3 * np.mean([run[str(n)]["energy"] for run in own if run["mixture"] == m])
-            row.append(toy2d.shown(mean if mean < 1000 else np.inf, ".2f"))
-        row.append(toy2d.shown(np.mean([run["50"]["outliers"] for run in own]), ".1%"))
-        row.append(toy2d.shown(np.mean([run["excess"] for run in own]), ".1e"))
+            mean = 1e3 * np.mean([run[str(n)]["energy"] for run in group if run["mixture"] == m])
+            row.append(number(mean if mean < 1000 else np.inf, ".2f"))
+        row.append(number(np.mean([run["50"]["outliers"] for run in group]), ".1%"))
+        row.append(number(np.mean([run["excess"] for run in group]), ".1e"))
         rows.append([names[i], *row])
     lines = [markdown(*rows)]
     known = [i for i, name in enumerate(names) if name in PAPER]
     if len(known) > 2:
         paper = np.array([PAPER[names[i]] for i in known]).T
         r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
-        what = "Energy distances in thousandths, above the exact field's from the same noise"
-        how = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
-        lines += ["", f"{what}. Rank correlation with the paper: {how}."]
+        unit = "Energy distances in thousandths, above the exact field's from the same noise"
+        correlation = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
+        lines += ["", f"{unit}. Rank correlation with the paper: {correlation}."]
     return "\n".join(lines)
 
 

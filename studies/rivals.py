@@ -1,11 +1,11 @@
 """Every rival that PeRFlow's paper names, as an objective of `train.train` or a solver.
 
-Two ideas carry the file. A map that skips the flow is learned by two parts of its way (`Skip`:
-consistency and progressive distillation); a generator of one step is told by a second network where
-its samples should have gone (`Match`: DMD and an adversarial critic). All have a velocity's form:
-z + (t_end - t) f(z, t) is where f leads. `METHODS` trains each from the same teacher on the same
-budget: a row of the batch costs two of the teacher's evaluations. `studies.fewstep` compares them.
-Time: t = 0 is data, t = 1 is noise."""
+Two ideas carry the file. `Skip` learns a map that skips the flow, as the sum of two shorter ways:
+consistency and progressive distillation. `Match` learns a generator of one step; a second network
+says where its samples should have gone: DMD and an adversarial critic. All f have a velocity's
+form: f leads to z + (t_end - t) f(z, t). `METHODS` trains each from the same teacher on the same
+budget: a row of the batch costs two of the teacher's evaluations.
+Time: t = 0 is data, t = 1 is noise. Read next: `studies/fewstep.py`, which compares them."""
 
 import copy
 from collections.abc import Callable
@@ -17,51 +17,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import Recipe
 from perflow import PeRFlow, arrived
-from rf import Field, RectifiedFlow, Rows, expand, gaussian_like, solve, squared_error
+from rf import Field, Objective, RectifiedFlow, Rows, expand, gaussian_like, solve
 from sample import Sampler
-from studies.delta import learned
+from studies.runs import learned
+from training.options import Recipe
 
 PATH = RectifiedFlow()
 
 
-# ---- Without training: each step bends by what the last evaluation tells
-def multistep(field: Field, z: Tensor, times: Tensor, kind: str) -> Tensor:
-    """The first-order step a x0_hat + b eps_hat from t to s, and what the last evaluation adds.
+# ---- Without training: a step uses the last evaluation, too
+def multistep(field: Field, z: Tensor, times: Tensor, solver: str) -> Tensor:
+    """The first-order step a x0_hat + b eps_hat from t to s, corrected by the slope of one end
+    since the last evaluation.
     deis (Zhang & Chen 2022, tAB1): eps_hat is linear in t, in the exact integral of the equation.
-    dpm (DPM-Solver++(2M), Lu et al. 2022): x0_hat is linear in lambda/2 and taken in the middle of
-    the step. Where lambda is infinite, at t = 1 and 0, it has no slope: the first two steps and the
-    last are of first order."""
+    dpm (DPM-Solver++(2M), Lu et al. 2022): x0_hat is linear in lambda/2; the step takes its middle.
+    At t = 1 and 0 lambda is infinite and has no slope: the first two steps and the last one are of
+    first order."""
     last = None
     for t, s in pairwise(times.double()):
         v = field(z, t.float().expand(len(z)))
         x0_hat, eps_hat = z - t * v, z + (1 - t) * v
         z = (1 - s) * x0_hat + s * eps_hat
-        clock, bent = (t, eps_hat) if kind == "deis" else (-t.logit(), x0_hat)
+        clock, end = (t, eps_hat) if solver == "deis" else (-t.logit(), x0_hat)
         if last:
-            slope = (bent - last[1]) / (clock - last[0])
-            if kind == "deis":
-                way = s - t + (1 - s) * torch.log((1 - s) / (1 - t))
+            slope = (end - last[1]) / (clock - last[0])
+            if solver == "deis":
+                weight = s - t + (1 - s) * torch.log((1 - s) / (1 - t))
             else:
-                way = (-s.logit() - clock) / 2 * (1 - s - (1 - t) * s / t)
-            z = z + slope * way.nan_to_num(posinf=0)
-        last = clock, bent
+                weight = (-s.logit() - clock) / 2 * (1 - s - (1 - t) * s / t)
+            z = z + slope * weight.nan_to_num(posinf=0)
+        last = clock, end
     return z
 
 
 # ---- Maps that skip the flow: consistency and progressive distillation
 class Skip(PeRFlow):
-    """f(z, t) leads from t to the end of its window, z + (t_end - t) f, and is learned by two parts
-    of that way: target = w first(z, t) + (1 - w) second(z + (m - t) first, m), with
-    w = (m - t)/(t_end - t), where m is a `skip` on.
-    Progressive distillation (Salimans & Ho 2022): both fields are the last student's, each window
-    joins two of its own, t is always on a window's start, and m its middle.
-    Consistency (LCM, Luo et al. 2023): the first is a step of the teacher's solver, the second the
-    average's own jump from m; in K windows it is PCM (Wang et al. 2024)."""
+    """f(z, t) leads from t to the end of its window, z + (t_end - t) f. It learns two parts of this
+    way: target = w first(z, t) + (1 - w) second(z + (m - t) first, m), w = (m - t)/(t_end - t),
+    where m is a `skip` after t.
+    Progressive distillation (Salimans & Ho 2022): both fields are the last student. A window joins
+    two of its windows; t is always the start of the window and m its middle.
+    Consistency (LCM, Luo et al. 2023): the first is a step of the teacher's solver, the second a
+    jump of the averaged network from m. With K windows it is PCM (Wang et al. 2024)."""
 
-    def __init__(self, first: Field, second: Field | None = None, skip: float = 1 / 16, **how):
-        super().__init__(first, PATH, **how)
+    def __init__(self, first: Field, second: Field | None = None, skip=1 / 16, **settings):
+        super().__init__(first, PATH, **settings)
         self.second, self.skip = second, skip
 
     def examples(self, x0: Tensor, *cond: Tensor, generator=None) -> Rows:
@@ -69,8 +70,7 @@ class Skip(PeRFlow):
         z = PATH.interpolate(x0, gaussian_like(x0, generator), t)
         m = self._middle(t)
         with torch.no_grad():
-            how = dict(steps=1, t_start=t, t_end=m, method=self.method)
-            z_m = solve(self.teacher, z, *cond, **how)
+            z_m = solve(self.teacher, z, *cond, steps=1, t_start=t, t_end=m, method=self.method)
         return z, t, (z_m - z) / expand(m - t, z), *cond
 
     def _middle(self, t: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class Skip(PeRFlow):
         return z, t, w * first + (1 - w) * v, *cond
 
     def sample(self, student: Field, noise: Tensor, *cond, steps=None, generator=None) -> Tensor:
-        """To the window's end z_e, and back to the next time with fresh noise: by the forward
-        process, z = a/a_e z_e + sqrt(b^2 - (a/a_e b_e)^2) eps, which is z_e itself at the end."""
+        """Jump to the window's end z_e, then back to the next time with new noise, by the forward
+        process: z = a/a_e z_e + sqrt(b^2 - (a/a_e b_e)^2) eps, which is z_e itself at the end."""
         field, z = self.field(student), noise
-        for t, t_next in pairwise(self.times(steps).float()):
+        for t, t_next in pairwise(self.grid(steps).float()):
             _, t_end = self.window(t)
             z = solve(field, z, *cond, times=[t, t_end])
             a = (1 - t_next) / (1 - t_end)
@@ -100,11 +100,11 @@ class Skip(PeRFlow):
 
 
 # ---- Matching distributions: DMD and an adversarial critic
-class Match:
-    """One step, x = z - f(z, 1), and a second network that says where x should have gone: the
-    critic learns twice in each step from what f draws now, and its `push` of x makes the target.
-    With pairs (z, t, target, *cond) of the teacher, half of the rows are a regression on them; the
-    push has this weight beside it."""
+class Match(Objective):
+    """One step, x = z - f(z, 1), and a critic: a second network that says where x should have gone.
+    In each step the critic learns twice from what f draws now; then its `push` of x, times
+    `weight`, makes the target. With pairs (z, t, target, *cond) of the teacher, half of the rows
+    are a regression on them."""
 
     fewest, critic_steps = 1, 2
 
@@ -114,7 +114,7 @@ class Match:
         self.optimizer = torch.optim.AdamW(critic.parameters(), lr, (0.0, 0.99), weight_decay=0)
 
     def field(self, network: Field) -> Field:
-        self.network = network  # its present weights draw what the critic judges
+        self.network = network  # `target` draws with its present weights
         return network
 
     def examples(self, x0: Tensor, *cond: Tensor, generator=None) -> Rows:
@@ -128,19 +128,20 @@ class Match:
     def target(self, average: Field, rows: Rows) -> Rows:
         noise, t, x0, *cond = (c[:: self.reuse] for c in rows)
         x = (noise - self.network(noise, t, *cond)).detach()
-        goal = x + self.weight * self.taught(x, x0, *cond) if self.weight else x
-        z, t, target, *cond_of_all = rows
+        goal = x
+        if self.weight:
+            self.train_critic(x, x0, *cond)
+            goal = x + self.weight * self.push(x, *cond)
+        z, t, target, *all_cond = rows
         target = target.clone()
         target[:: self.reuse] = noise - goal
-        return z, t, target, *cond_of_all
+        return z, t, target, *all_cond
 
-    def taught(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
-        """The push of x, after the critic has learned from it."""
+    def train_critic(self, x: Tensor, x0: Tensor, *cond: Tensor) -> None:
         for _ in range(self.critic_steps):
             self.optimizer.zero_grad()
-            self.loss(x, x0, *cond).backward()
+            self.critic_loss(x, x0, *cond).backward()
             self.optimizer.step()
-        return self.push(x, *cond)
 
     def sample(self, student: Field, noise: Tensor, *cond, steps=1, generator=None) -> Tensor:
         return solve(student, noise, *cond, steps=steps)
@@ -153,17 +154,17 @@ def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class DMD(Match):
-    """Yin et al. 2023: the critic is a flow of what f draws, and x moves from its x0_hat to the
-    teacher's. Theirs is divided by the mean over each picture; two coordinates are too few for
-    that, so ours is divided by the batch's. Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
+    """Yin et al. 2023: the critic is a flow of what f draws, and x moves from the critic's x0_hat
+    to the teacher's. They divide the push by its mean over each picture; two coordinates are too
+    few for a mean, so we take the batch's. Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
 
-    def __init__(self, teacher: Field, *how, **more):
-        super().__init__(*how, **more)
+    def __init__(self, teacher: Field, critic: nn.Module, lr: float, pairs=None, weight: float = 1):
+        super().__init__(critic, lr, pairs, weight)
         self.teacher = teacher
 
-    def loss(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
+    def critic_loss(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
         z, t, eps = noised(x)
-        return squared_error(self.critic, z, t, eps - x, *cond)
+        return (self.critic(z, t, *cond) - (eps - x)).square().mean()
 
     @torch.no_grad()
     def push(self, x: Tensor, *cond: Tensor) -> Tensor:
@@ -173,13 +174,13 @@ class DMD(Match):
 
 
 class Adversarial(Match):
-    """Sauer et al. 2023, Xu et al. 2023: the critic tells noised samples from noised data."""
+    """Sauer et al. 2023, Xu et al. 2023: the critic separates noised samples from noised data."""
 
     def score(self, x: Tensor, *cond: Tensor) -> Tensor:
         z, t, _ = noised(x)
         return self.critic(z, t, *cond).flatten(1).mean(1)
 
-    def loss(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
+    def critic_loss(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
         real, fake = self.score(x0, *cond), self.score(x, *cond)
         return F.softplus(-real).mean() + F.softplus(fake).mean()
 
@@ -190,12 +191,11 @@ class Adversarial(Match):
 
 # ---- The methods: each trains from (teacher, data, recipe) and gives {evaluations: a Sampler}
 COUNTS = (1, 2, 4, 8)
-AT_EDGES = dict(edge_share=0.5, clock_gap=0.25)  # as the commands have it; for maps, too
 Students = dict[int, Sampler]
 
 
 def flow(model: Sampler) -> Field:
-    """What a trained model means, as a velocity field on the RF path, with its own guidance."""
+    """A trained model as a velocity field on the RF path, with the guidance of its data."""
     return model.objective.rectified(model.guided(model.cfg))
 
 
@@ -206,56 +206,57 @@ def student(objective, teacher: Sampler, data, recipe: Recipe) -> Students:
 
 def straightened(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
     """PeRFlow with what we add to it; K = 1 is reflow (InstaFlow)."""
-    how = dict(method="heun", **AT_EDGES, reuse=16 // K)
-    return student(PeRFlow(flow(teacher), PATH, K, 32 // K, **how), teacher, data, recipe)
+    objective = PeRFlow(flow(teacher), PATH, K, 32 // K, method="heun", reuse=16 // K)
+    return student(objective, teacher, data, recipe)
 
 
 def published(teacher: Sampler, data, recipe: Recipe) -> Students:
-    """PeRFlow, K = 4, as in its paper: t is uniform, and a solve has 8 DDIM steps."""
-    return student(PeRFlow(flow(teacher), PATH, reuse=4), teacher, data, recipe)
+    """PeRFlow, K = 4, by its code's rules for SD1.5: N = 1000 discrete times, and a solve of 8 DDIM
+    steps for each row. A row costs eight evaluations, so there is a quarter of the steps."""
+    recipe = replace(recipe, steps=recipe.steps // 4)
+    return student(PeRFlow(flow(teacher), PATH, times=250), teacher, data, recipe)
 
 
 def consistent(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """The average that gives the targets is taken after every step: it lags by 1/(1 - decay)."""
-    objective = Skip(flow(teacher), windows=K, method="heun", **AT_EDGES)
+    """The average gives the targets, so it is updated in every step: it lags by 1/(1 - decay)."""
+    objective = Skip(flow(teacher), windows=K, times=16 // K, method="heun")
     return student(objective, teacher, data, replace(recipe, ema_every=1))
 
 
 def progressive(teacher: Sampler, data, recipe: Recipe, first: int = 64) -> Students:
-    """Students of 64, 32, ..., 1 steps; each learns two steps of the last one as one, on data and
-    noise of its own. The first learns 128 DDIM steps: only it asks the teacher."""
+    """Students of 64, 32, ..., 1 steps. Each learns two steps of the last one as one step, on new
+    data and noise. The first one learns 128 DDIM steps of the teacher; no other asks it."""
     rounds = [first >> i for i in range(first.bit_length())]
-    recipe, last, found = replace(recipe, steps=recipe.steps // len(rounds)), teacher, {}
+    recipe, last, students = replace(recipe, steps=recipe.steps // len(rounds)), teacher, {}
     for n in rounds:
-        own = flow(last)
-        objective = Skip(own, own, skip=1 / (2 * n), windows=n, edge_share=1.0)
-        fresh = replace(recipe, seed=1000 * n + recipe.seed)
-        last = found[n] = learned(last, data, objective, fresh)
-    return {n: found[n] for n in COUNTS}
+        field = flow(last)
+        objective = Skip(field, field, skip=1 / (2 * n), windows=n, times=1)
+        new_seed = replace(recipe, seed=1000 * n + recipe.seed)
+        last = students[n] = learned(last, data, objective, new_seed)
+    return {n: students[n] for n in COUNTS}
 
 
 def pair_count(steps: int, batch_size: int) -> int:
-    """How many pairs the budget pays for: half of the rows are judged, at one evaluation each; what
-    is left of two a row makes pairs, at 32 each."""
+    """The number of pairs that the budget pays for, at 32 evaluations each: the budget is two
+    evaluations a row, and half of the rows spend one, as the critic judges them."""
     return steps * batch_size * 3 // 64
 
 
 def pairs_of(number: int, teacher: Sampler, data, recipe: Recipe) -> Rows:
-    """(z, t = 1, target, *cond) of solves from noise to data, 32 evaluations each. The few that run
-    away are left out."""
+    """(z, t = 1, target, *cond) of solves from noise to data, with 32 evaluations each, less the
+    rows that run away."""
     _, *cond = data.batch(recipe.seed, 0, number)
     noise, field = torch.randn(number, *data.spec()["shape"]), flow(teacher)
-    how = dict(steps=16, method="heun")
+    run = lambda i: solve(field, noise[i], *(c[i] for c in cond), steps=16, method="heun")
     with torch.no_grad():
-        parts = torch.arange(number).split(2**11)
-        ends = torch.cat([solve(field, noise[i], *(c[i] for c in cond), **how) for i in parts])
+        ends = torch.cat([run(i) for i in torch.arange(number).split(2**11)])
     good = arrived(noise, ends)
     return [c[good] for c in (noise, torch.ones(number), noise - ends, *cond)]
 
 
 def matched(pairs: bool, weight: float, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """DMD. Where half of the rows are judged, each by one evaluation of the teacher, the rest of
-    the budget is in the pairs."""
+    """DMD. With pairs, half of the rows cost one evaluation of the teacher each; the pairs cost the
+    rest of the budget."""
     torch.manual_seed(recipe.seed)
     number = pair_count(recipe.steps, recipe.batch_size)
     rows = pairs_of(number, teacher, data, recipe) if pairs else None
@@ -275,7 +276,7 @@ class Method:
     train: Callable[..., Students]
     holds: str  # networks in training, beside the student and its average
     lr: float = 8e-3  # the middle of its scan
-    pairs: bool = False  # whether it keeps solves of the teacher from noise to data
+    pairs: bool = False  # whether it stores solves of the teacher from noise to data
 
 
 METHODS = {

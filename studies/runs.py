@@ -1,6 +1,6 @@
-"""The runs of a study: made side by side, one a thread, each kept as a file and not made again.
+"""What all studies share: training by a function call, runs that are kept as files, and tables.
 
-And how their tables are written."""
+Missing runs are made side by side, one a thread; a run whose file exists is not made again."""
 
 import json
 import multiprocessing
@@ -11,12 +11,32 @@ from pathlib import Path as File
 from urllib.parse import quote
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-import toy2d
-from options import reading
+from data.base import Data
+from data.toy import number
+from sample import Sampler
+from train import State, batches, train
+from training.checkpoint import start_from
+from training.options import Recipe, reading
 
 
+def learned(start: Sampler | None, data: Data, objective, recipe: Recipe) -> Sampler:
+    """Train a network on these data, from the weights of `start` or from new ones."""
+    torch.manual_seed(recipe.seed)
+    network = data.network(data.spec(), recipe)
+    if start:
+        start_from(network, start.network.state_dict(), "the start")
+    state = State(network, recipe)
+    torch.manual_seed(recipe.seed)  # a critic draws the same, whatever the network has drawn
+    stream = batches(data, objective, recipe, network.null_cond)
+    train(state, objective, stream, recipe)
+    stream.close()
+    return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
+
+
+# ---- Runs and their files
 def run_file(out: File, job: Sequence) -> File:
     return out / f"{quote('-'.join(map(str, job)), safe='(),')}.json"
 
@@ -30,7 +50,7 @@ def read_run(file: File, keys: Iterable[str]) -> dict:
 
 
 def end_with_parent() -> None:
-    """In a worker: leave when the process that waits for the results is gone, even killed."""
+    """Make a worker leave when its parent, which waits for the results, is gone, even killed."""
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
     threading.Thread(target=watch, daemon=True).start()
 
@@ -39,14 +59,14 @@ def run_missing(
     out: File, jobs: list[tuple], work: Callable[[tuple], dict], steps: int, keys: Iterable[str]
 ) -> list[dict]:
     """The result of each job, a dict with these keys and its number of steps: read from `out`, or
-    made by work(job) and kept there. ValueError where a file is damaged or of other steps."""
+    made by work(job) and written there. ValueError where a file is damaged or of other steps."""
     out.mkdir(parents=True, exist_ok=True)
     keys = {*keys, "job", "steps"}
     missing = [job for job in jobs if not run_file(out, job).exists()]
     runs = {job: read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}}
     if other := {run["steps"] for run in runs.values()} - {steps}:
         raise ValueError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
-    # on Ctrl-C or a failed run the pool ends its workers; finished runs are kept
+    # on Ctrl-C or a failed run the pool ends its workers; the files of finished runs stay
     workers = max(1, min(len(missing), os.cpu_count()))
     with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:
         made = pool.imap_unordered(work, missing)
@@ -59,14 +79,15 @@ def run_missing(
     return [runs[job] for job in jobs]
 
 
-def shown(values: Sequence[float], form: str) -> str:
-    """Mean and standard error, which one run has not."""
-    mean = toy2d.shown(np.mean(values), form)
+# ---- Tables
+def mean_and_error(values: Sequence[float], form: str) -> str:
+    """Mean ± standard error; a single value has no error."""
+    mean = number(np.mean(values), form)
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
     return mean if error is None or not np.isfinite(error) else f"{mean} ± {error:{form}}"
 
 
 def markdown(*rows: Sequence[str]) -> str:
-    """A table, of which the first row is the head."""
-    head, *others = (f"| {' | '.join(cells)} |" for cells in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *others])
+    """A table; the first row is its head."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])

@@ -13,11 +13,11 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from options import Count, command
-from pictures import plot, tile
+from data.pictures import plot, tile
 from studies.architectures import POINTS, span_of, study
 from studies.rank import rank_correlation
-from studies.runs import markdown, shown
+from studies.runs import markdown, mean_and_error
+from training.options import Count, command
 
 
 def frontier(points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
@@ -30,41 +30,40 @@ def frontier(points: list[tuple[float, float, int]]) -> list[tuple[float, float,
 
 
 def curves_of(runs: list[dict]) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each depth (steps, training FLOPs, validation loss), averaged over seeds."""
+    """{depth: (steps, training FLOPs, validation loss)}, averaged over seeds."""
     curves = {}
     for depth in dict.fromkeys(run["job"][1] for run in runs):
-        own = [run for run in runs if run["job"][1] == depth]
-        losses = np.mean([[loss for _, _, loss in run["curve"]] for run in own], axis=0)
-        steps = np.array([step for step, _, _ in own[0]["curve"]])
-        curves[depth] = steps, steps * own[0]["flops"], losses
+        seeds = [run for run in runs if run["job"][1] == depth]
+        losses = np.mean([[loss for _, _, loss in run["curve"]] for run in seeds], axis=0)
+        steps = np.array([step for step, _, _ in seeds[0]["curve"]])
+        curves[depth] = steps, steps * seeds[0]["flops"], losses
     return curves
 
 
 def report(runs: list[dict]) -> str:
-    """The table, the frontier in one line, and how well the loss tells the reader's verdict."""
+    """The table, the frontier in one line, and how well the loss predicts the reader's verdict."""
     heads = "depth", "weights", "TFLOPs", "validation loss", "seen: all right", "unseen: all right"
     rows, curves = [heads], curves_of(runs)
     for depth, (_, flops, _) in curves.items():
-        own = [run for run in runs if run["job"][1] == depth]
-        cells = [f"{depth}", f"{own[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.3g}"]
-        cells.append(shown([run["curve"][-1][2] for run in own], ".4f"))
-        cells += [
-            shown([run[kind]["all right"] for run in own], ".1%") for kind in ("seen", "unseen")
-        ]
+        seeds = [run for run in runs if run["job"][1] == depth]
+        cells = [f"{depth}", f"{seeds[0]['parameters'] / 1e6:.1f}M", f"{flops[-1] / 1e12:.3g}"]
+        cells.append(mean_and_error([run["curve"][-1][2] for run in seeds], ".4f"))
+        for pairs in ("seen", "unseen"):
+            cells.append(mean_and_error([run[pairs]["all right"] for run in seeds], ".1%"))
         rows.append(cells)
     points = [(f, loss, d) for d, c in curves.items() for f, loss in zip(*c[1:], strict=True)]
     leads = itertools.groupby(frontier(points), key=lambda point: point[2])
-    best = [f"depth {depth} from {next(own)[0] / 1e12:.2g}" for depth, own in leads]
+    best = [f"depth {depth} from {next(lead)[0] / 1e12:.2g}" for depth, lead in leads]
     lines = [markdown(*rows), "", f"The lowest loss for its TFLOPs: {', '.join(best)}."]
     losses = [run["curve"][-1][2] for run in runs]
-    for kind in ("seen", "unseen"):
-        r = rank_correlation(losses, [-run[kind]["all right"] for run in runs])
-        lines.append(f"Rank correlation of final loss and errors on {kind} pairs: {r:.2f}.")
+    for pairs in ("seen", "unseen"):
+        r = rank_correlation(losses, [-run[pairs]["all right"] for run in runs])
+        lines.append(f"Rank correlation of final loss and errors on {pairs} pairs: {r:.2f}.")
     return "\n".join(lines)
 
 
 def draw(runs: list[dict]):
-    """log10 of the loss, over steps and over log10 FLOPs."""
+    """Draw log10 of the loss, over steps and over log10 FLOPs."""
     curves = curves_of(runs)
     span = span_of([np.log10(c[2][1:]) for c in curves.values()])
     flops = np.log10(np.concatenate([c[1][1:] for c in curves.values()]))

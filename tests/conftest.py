@@ -3,12 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers", "tiny_sd3")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identical runs are promised for a CPU only
 # the tests' tensors are small: more threads only wait for one another, here and in what is started
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -46,7 +48,7 @@ def finished(begun):
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory):
-    """200 labelled latents (4,4,4) of three classes, as `data.Latents` reads them."""
+    """200 labelled latents (4,4,4) of three classes, as `Latents` reads them."""
     folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
     labels = np.arange(200) % 3
     values = rng.standard_normal((200, 4, 4, 4)) * 0.3 + labels[:, None, None, None] - 1
@@ -54,6 +56,72 @@ def latents(tmp_path_factory):
     np.save(folder / "labels.npy", labels)
     (folder / "meta.json").write_text("{}")
     return folder
+
+
+@pytest.fixture
+def few_records(monkeypatch):
+    """CIFAR-10 with 20 records in a file."""
+    import helpers
+
+    monkeypatch.setattr("data.cifar10.RECORDS", helpers.N)
+
+
+@pytest.fixture
+def cifar(tmp_path, few_records):
+    import helpers
+
+    return helpers.cifar10(helpers.write_cifar(tmp_path / "cifar"))
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> str:
+    """A tiny random AutoencoderKL in a folder: 3 x 32 x 32 to 4 x 16 x 16."""
+    reason = "the optional package diffusers is not installed: pip install diffusers"
+    diffusers = pytest.importorskip("diffusers", reason=reason)
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        scaling_factor=1.5, shift_factor=0.25,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3():
+    """The module that makes a released SD3; skipped where its packages are not installed."""
+    import tiny_sd3
+
+    return tiny_sd3
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tiny_sd3, tmp_path_factory):
+    return tiny_sd3.write_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_sd3, sd3_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = tiny_sd3.diffusers.StableDiffusion3Pipeline.from_pretrained(sd3_folder)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def captioned(tiny_sd3, tmp_path_factory):
+    return tiny_sd3.write_captioned(tmp_path_factory.mktemp("captioned"))
+
+
+@pytest.fixture(scope="session")
+def texts(tiny_sd3, sd3_folder, captioned, tmp_path_factory):
+    """The captioned pictures as latents with texts."""
+    out = tmp_path_factory.mktemp("texts") / "latents"
+    tiny_sd3.encode_captioned(captioned, sd3_folder, out)
+    return out
 
 
 @pytest.fixture

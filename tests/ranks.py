@@ -1,4 +1,4 @@
-"""`python ranks.py LATENTS OUT`: runs by several ranks, which test_parallel.py compares.
+"""`python ranks.py LATENTS OUT`: runs by several ranks, which test_ranks.py compares.
 
 Ranks are forked: the imports of torchrun's would take longer than the runs."""
 
@@ -15,9 +15,10 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 import train
+from data.latents import Latents
 from mmdit import MMDiT
+from training import ranks as parallel
 
 torch.set_num_threads(1)
 TINY = ["--depth", "1", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32", "--seed", "5"]
@@ -27,9 +28,7 @@ QUICK |= dict(ema_decay=0.9, ema_every=1)
 
 def quick(data_set, setattr=setattr, **changes):
     """The data set gets a quick recipe and no report, and compiling needs no C++ compiler."""
-    recipe = data_set.recipe
-    changed = lambda options: recipe(options) | QUICK | changes
-    setattr(data_set, "recipe", staticmethod(changed))
+    setattr(data_set, "recipe", QUICK | changes)
     setattr(data_set, "report", lambda *args: None)
     setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
@@ -55,7 +54,7 @@ def stages(latents: str, out: Path) -> list[list]:
 
 
 def main() -> None:
-    quick(data.Latents, eps=1e-8, save_every=20)
+    quick(Latents, eps=1e-8, save_every=20)
     start = MMDiT.__init__
 
     def checkpointed(self, *args, **how):
@@ -63,9 +62,9 @@ def main() -> None:
         self.checkpointing = True
 
     MMDiT.__init__ = checkpointed
-    join, leave = train.join, train.leave  # one group for all runs of a stage
-    train.join = lambda device: dist.is_initialized() or join(device)
-    train.leave = lambda: None
+    join, leave = parallel.join, parallel.leave  # one group for all runs of a stage
+    parallel.join = lambda device: dist.is_initialized() or join(device)
+    parallel.leave = lambda: None
     for world, *runs in stages(sys.argv[1], Path(sys.argv[2])):
         with socket.socket() as free:
             free.bind(("localhost", 0))

@@ -3,46 +3,46 @@ of the house: A a data set, B a formulation, C an objective with a moving target
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pytest
 import test_rf
 import test_train
 import torch
+from helpers import assert_one_line, in_process, run, same, small_recipe, stream
 from PIL import Image
-from test_train import assert_one_line, in_process, run, same
 from torch import nn
 
-import data
+import data.toy
 import rf
 import sample
 import toy2d
 import train
-from options import Recipe
+from data.base import Dataset
+from training.options import Recipe
 
 # ---- A: digits, labelled and unlabelled, one channel, with a flag of their own
 
 
-class Digits(data.Dataset):
+class Digits(Dataset):
     """Ten patterns of 8 x 8 grey pixels under a little noise."""
 
     @dataclass
     class Options:
         unlabelled: Annotated[bool, "do not tell the network which digit it is"] = False
 
-    distil = data.Dataset.distil | dict(steps=6, batch_size=16)
+    recipe: ClassVar = dict(
+        depth=1, lr=1e-3, steps=12, batch_size=16, warmup=1, log_every=3, eval_every=6,
+        save_every=6, validation=10, ema_every=1,
+    )  # fmt: skip
+    distil: ClassVar = dict(steps=6, batch_size=16)
 
     def __init__(self, options):
         draw = np.random.default_rng(0)
         labels, patterns = np.arange(200) % 10, draw.choice([-1, 1], (10, 1, 8, 8))
         x0 = patterns[labels] + 0.1 * draw.standard_normal((200, 1, 8, 8))
         super().__init__(x0.astype(np.float32), *[labels] * (not options.unlabelled))
-
-    @staticmethod
-    def recipe(options):
-        quick = dict(steps=12, batch_size=16, warmup=1, log_every=3, eval_every=6, save_every=6)
-        return dict(depth=1, lr=1e-3, validation=10, ema_every=1) | quick
 
 
 @pytest.mark.parametrize("flags", [[], ["--unlabelled"]], ids=["labelled", "unlabelled"])
@@ -150,11 +150,11 @@ def test_b_its_range_is_found_from_det(monkeypatch):
 # ---- C: consistency distillation, whose targets come from the average of the weights
 
 
-class Consistency:
+class Consistency(rf.Objective):
     """The student maps a point of the teacher's path to its end: f(z_t, t) = f(z_s, s), where the
     teacher leads from t to s = t - 1/steps, and the right side is the slow copy's."""
 
-    fewest, reuse, path = 1, 1, rf.RectifiedFlow()
+    path = rf.RectifiedFlow()
 
     @dataclass
     class Options:
@@ -165,7 +165,6 @@ class Consistency:
         self.teacher = guided and formula.rectified(guided())
 
     of = classmethod(lambda cls, formula, options, guided=None: cls(formula, options, guided))
-    recipe = staticmethod(lambda options: {})
 
     def jump(self, network):  # to the data: boundary f(z, 0) = z is built in
         v = self.formula.rectified(network)
@@ -189,11 +188,11 @@ class Consistency:
     def pair(self, x0, eps, t, *cond):
         return self.path.interpolate(x0, eps, t), eps - x0
 
-    def times(self, steps):
+    def grid(self, steps):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def sample(self, network, noise, *cond, steps=None, times=None, method="euler", generator=None):
-        z, times = noise, self.times(steps) if times is None else times
+        z, times = noise, self.grid(steps) if times is None else times
         for t in times[:-1]:  # jump, then go back with fresh noise
             x0 = self.jump(network)(z, torch.full((len(z),), t, dtype=z.dtype), *cond)
             t_next = times[list(times).index(t) + 1]
@@ -205,20 +204,19 @@ def test_c_an_objective_is_one_class(tmp_path, monkeypatch, capsys, own_process,
     """Two equal runs and a resumed one are equal to the bit, though the target moves."""
     monkeypatch.setitem(sample.OBJECTIVES, "consistency", Consistency)
     reference = toy2d.reference  # the report is the real one, of fewer samples
-    monkeypatch.setattr(
-        toy2d, "reference", lambda m, seed, n=0, c=False: reference(m, seed, 300, c)
-    )
+    few = lambda mixture, seed, n=0, c=False: reference(mixture, seed, 300, c)
+    for module in (toy2d, data.toy):
+        monkeypatch.setattr(module, "reference", few)
     teacher = finished[0] / "checkpoint.pt"
     flags = ["--consistency", teacher, "--skips", 4, "--batch-size", 32]
     short = ["--steps", 150]
     run(monkeypatch, *flags, "--steps", 300, "--out", tmp_path / "one")
-    monkeypatch.setattr(toy2d.Toy, "report", lambda *args: None)
+    monkeypatch.setattr(data.toy.Toy, "report", lambda *args: None)
     run(monkeypatch, *flags, "--steps", 300, "--out", tmp_path / "two")
     one, two = (sample.read(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     assert same(one, two) and one["config"]["skips"] == 4
     # with a constant rate, so that a shorter run is the beginning of a longer one
-    own = sample.DATASETS["toy2d"].distil
-    monkeypatch.setattr(sample.DATASETS["toy2d"], "distil", own | {"decay": False, "warmup": 1})
+    monkeypatch.setattr(sample.DATASETS["toy2d"], "distil", {"decay": False, "warmup": 1})
     run(monkeypatch, *flags, "--steps", 300, "--out", tmp_path / "whole")
     run(monkeypatch, *flags, *short, "--out", tmp_path / "part")
     run(monkeypatch, "--resume", "--out", tmp_path / "part", "--steps", 300)
@@ -241,12 +239,9 @@ def test_c_the_target_is_the_averages():
             seen.append(next(average.parameters()).clone())
             return rows
 
-    recipe = test_train.small_recipe(steps=3, ema_every=1, warmup=1)
-    state, objective = (
-        train.State(test_train.MLP(), recipe),
-        Spy("", rf.RectifiedFlow(), "velocity"),
-    )
-    train.train(state, objective, test_train.stream(recipe), recipe)
+    recipe = small_recipe(steps=3, ema_every=1, warmup=1)
+    state, objective = (train.State(toy2d.MLP(), recipe), Spy("", rf.RectifiedFlow(), "velocity"))
+    train.train(state, objective, stream(recipe), recipe)
     assert len(seen) == 3 and not torch.equal(seen[1], seen[2])
     assert not torch.equal(seen[2], next(state.average.parameters()))
 
@@ -273,7 +268,7 @@ def test_d_as_a_library(tmp_path, monkeypatch):
     # --- the ten lines
     recipe = Recipe(formulation="rf/lognorm(0.00,1.00)", steps=200, lr=1e-2)
     objective, state = rf.formulation(recipe.formulation), train.State(Own(), recipe)
-    dataset = data.Dataset(x0, labels)
+    dataset = Dataset(x0, labels)
     train.train(state, objective, train.batches(dataset, objective, recipe, Own.null_cond), recipe)
     sampler = sample.Sampler(state.average, objective)
     x = sampler.sample(torch.randn(100, 4), labels[:100], times=[1, 0.7, 0.4, 0.1, 0], cfg=2.0)
@@ -291,7 +286,7 @@ def test_d_as_a_library(tmp_path, monkeypatch):
 
 
 def test_d_the_exact_field_takes_a_number_as_t():
-    mixture, z = test_train.load_mixture("ring"), torch.randn(7, 2)
+    mixture, z = toy2d.load_mixture("ring"), torch.randn(7, 2)
     path, t = rf.RectifiedFlow(), torch.full((7,), 0.3)
     torch.testing.assert_close(mixture.velocity(z, 0.3, path), mixture.velocity(z, t, path))
     torch.testing.assert_close(path.interpolate(z, z + 1, 0.3), path.interpolate(z, z + 1, t))

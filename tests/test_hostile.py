@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_train import (
+from helpers import (
     ROOT,
     assert_one_line,
     command,
@@ -28,14 +27,20 @@ from test_train import (
     run_together,
     same,
 )
+from PIL import Image
 
-import data
+import rf
 import sample
 import toy2d
 import train
-from checkpoint import save
+from data import encode as encoding
+from data.base import Dataset
+from data.latents import Latents, open_array, read_meta
+from data.toy import Toy
 from perflow import PeRFlow
 from studies import bench, runs
+from training import folder, options
+from training.checkpoint import save
 
 SHORT = ["--steps", 100, "--batch-size", 32]
 LONG = ["--steps", 10**6, "--batch-size", 32]
@@ -44,8 +49,8 @@ LONG = ["--steps", 10**6, "--batch-size", 32]
 @pytest.fixture
 def quick(monkeypatch, own_process):
     """No table and no pictures at the end."""
-    monkeypatch.setattr(toy2d.Toy, "report", lambda *args: 0)
-    monkeypatch.setattr(data.Dataset, "report", lambda *args: 0)
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
+    monkeypatch.setattr(Dataset, "report", lambda *args: 0)
 
 
 def trained(args, tmp_path, monkeypatch):
@@ -258,11 +263,11 @@ def test_a_huge_number_in_a_checkpoint_allocates_nothing(finished, tmp_path, mon
 def test_a_delta_is_checked_as_a_checkpoint_is(finished, tmp_path, monkeypatch, capsys):
     content = torch.load(finished[0] / "checkpoint.pt")
     student = {"objective": "perflow", "teacher": "t.pt", **asdict(PeRFlow.Options())}
-    for change, says in (
-        ({"windows": 10**9}, "windows 1000000000 is not"),
-        ({"objective": None}, "no student"),
+    for config, says in (
+        (content["config"] | student | {"windows": 10**9}, "windows 1000000000 is not"),
+        (content["config"] | student | {"objective": None}, "another version: it has evaluations"),
+        (content["config"], "no student"),
     ):
-        config = content["config"] | student | change
         torch.save({"config": config, "delta": content["ema"]}, tmp_path / "delta.pt")
         args = [finished[0] / "checkpoint.pt", "--plug", "delta.pt"]
         assert_one_line(in_process(sample.main, args, tmp_path, monkeypatch, capsys), says)
@@ -281,7 +286,7 @@ def test_bit_flips_in_the_header_of_an_array(tmp_path):
         raw[i // 8] ^= 1 << i % 8
         file.write_bytes(raw)
         with contextlib.suppress(ValueError):
-            array = data.open_array(file, "(N,C,H,W)", "float16")
+            array = open_array(file, "(N,C,H,W)", "float16")
             assert array.size == x.size and array.nbytes == x.nbytes  # padding, or another order
             taken += 1
     assert taken < 512
@@ -301,11 +306,11 @@ def test_damaged_texts_are_named(text, tmp_path, finished, monkeypatch, capsys, 
     for name in ("meta.json", "mixture.json", "log.jsonl"):
         (tmp_path / name).write_bytes(raw + b"\n")
     with pytest.raises(ValueError, match=r"meta.json is damaged"):
-        data.read_meta(tmp_path / "meta.json")
+        read_meta(tmp_path / "meta.json")
     with pytest.raises(ValueError, match=r"mixture.json is damaged"):
         toy2d.load_mixture(str(tmp_path / "mixture.json"))
     with pytest.raises(ValueError, match=r"log.jsonl is damaged"):
-        train.cut_log(tmp_path / "log.jsonl", 5)
+        folder.cut_log(tmp_path / "log.jsonl", 5)
 
 
 def test_huge_labels_and_sides_are_refused(tmp_path):
@@ -317,8 +322,8 @@ def test_huge_labels_and_sides_are_refused(tmp_path):
         np.save(tmp_path / "labels.npy", np.array([0, 0, 0, label]))
         (tmp_path / "meta.json").write_text("{}")
         with pytest.raises(ValueError, match=says):
-            latents = data.Latents(data.Latents.Options(str(tmp_path)))
-            data.Latents.network(latents.spec(), train.Recipe(depth=1))
+            latents = Latents(Latents.Options(str(tmp_path)))
+            Latents.network(latents.spec(), train.Recipe(depth=1))
 
 
 # ---- 6. Numbers and names on the command line
@@ -332,7 +337,7 @@ def test_huge_labels_and_sides_are_refused(tmp_path):
         (train.main, ["--device", "hpu"]),
         (sample.main, ["x.pt", "--num", 10**12]),
         (sample.main, ["x.pt", "--steps", 10**12]),
-        (lambda: train.sample.command(bench.run, ""), ["--depth", 10**9]),
+        (lambda: options.command(bench.run, ""), ["--depth", 10**9]),
     ],
     ids=str,
 )
@@ -361,9 +366,7 @@ def test_weights_that_explode_are_not_saved(tmp_path, monkeypatch, capsys, quick
 
 
 def test_moments_that_explode_are_not_saved(tmp_path, monkeypatch, capsys, quick):
-    recipe = toy2d.Toy.recipe
-    often = staticmethod(lambda o: recipe(o) | dict(log_every=1, save_every=1, eval_every=100))
-    monkeypatch.setattr(toy2d.Toy, "recipe", often)
+    monkeypatch.setattr(Toy, "recipe", dict(log_every=1, save_every=1, eval_every=100))
     step = torch.optim.AdamW.step
 
     def poisoned(self, *args):
@@ -386,14 +389,15 @@ def test_pictures_lie_as_their_camera_held_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "turned.png", exif=exif)
-    upright, turned = (data.load_image(tmp_path / f"{n}.png", 64) for n in ("upright", "turned"))
+    files = (tmp_path / f"{name}.png" for name in ("upright", "turned"))
+    upright, turned = (encoding.load_image(file, 64) for file in files)
     assert np.array_equal(upright, turned)
 
 
 def test_16_bit_grey_is_scaled_and_not_cut_off(tmp_path):
     grey = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(64, 0)
     Image.fromarray(grey).save(tmp_path / "a.png")
-    image = data.load_image(tmp_path / "a.png", 64)
+    image = encoding.load_image(tmp_path / "a.png", 64)
     assert np.abs(image[0, 0].astype(float) - np.linspace(0, 255, 64)).max() <= 1
 
 
@@ -403,9 +407,9 @@ def test_what_is_no_picture_is_not_opened(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"k/{name}.png")
     os.mkfifo(tmp_path / "k/pipe.png")
     Image.new("L", (4, 4)).save(tmp_path / "k/z.png", format="GIF")
-    files, _ = data.listed(tmp_path, False)
+    files, _ = encoding.find_images(tmp_path, False)
     assert [file.name for file in files] == ["a.png", "b.png", "c.png", "z.png"]
-    assert [bool(data.fault(file, 4)) for file in files] == [False, False, False, True]
+    assert [bool(encoding.unreadable(file, 4)) for file in files] == [False, False, False, True]
 
 
 def test_encode_names_all_unreadable_pictures(tmp_path, monkeypatch):
@@ -419,13 +423,13 @@ def test_encode_names_all_unreadable_pictures(tmp_path, monkeypatch):
     model = type(
         "Vae", (), {"config": type("Config", (), config), "encode": lambda self, x: Mean(x)}
     )
-    monkeypatch.setattr(data, "load_vae", lambda name, device: model())
+    monkeypatch.setattr(encoding, "load_vae", lambda name, device: model())
     (tmp_path / "in/k").mkdir(parents=True)
     for i in range(40):
         Image.new("RGB", (4, 4)).save(tmp_path / f"in/k/{i:02}.png")
         if i % 3 == 1:
             (tmp_path / f"in/k/{i:02}.png").write_text("no picture")
-    encode = lambda: data.encode(images=tmp_path / "in", out=tmp_path / "out", vae="v", size=4)
+    encode = lambda: encoding.encode(images=tmp_path / "in", out=tmp_path / "out", vae="v", size=4)
     with pytest.raises(ValueError, match=r"13 pictures cannot be read.*01.png.*28.png") as found:
         encode()
     assert str(found.value).count("cannot identify") == 10
@@ -473,8 +477,10 @@ def test_workers_of_the_study_end_with_their_parent(tmp_path):
 # ---- 11. Signals
 def test_ctrl_c_during_the_imports_is_silent(tmp_path):
     (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    commands = [command(script=script) for script in ("train.py", "sample.py", "data.py")]
-    for done in run_together(*commands, env=os.environ | {"PYTHONPATH": str(tmp_path)}):
+    commands = [command(script=script) for script in ("train.py", "sample.py")]
+    commands.append([sys.executable, "-m", "data.encode"])
+    how = dict(cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    for done in run_together(*commands, **how):
         assert done.returncode == -signal.SIGINT and done.stderr == "", done.args
 
 
@@ -553,9 +559,8 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, own_process):
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
     )
     for error in (cpu, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")):
-        monkeypatch.setattr(
-            train, "squared_error", lambda *args, error=error: (_ for _ in ()).throw(error)
-        )
+        fails = lambda *args, error=error: (_ for _ in ()).throw(error)
+        monkeypatch.setattr(rf.Objective, "rows_loss", fails)
         done = in_process(train.main, [*SHORT, "--out", "run"], tmp_path, monkeypatch, capsys)
         assert done.returncode == 2 and "error: out of memory: " in done.stderr
         assert "Traceback" not in done.stderr
@@ -569,9 +574,9 @@ def test_a_lock_on_descriptor_0_holds_too(tmp_path, monkeypatch):
     os.close(0)
     try:
         with (
-            data.locked(Path("held")),
+            folder.locked(Path("held")),
             pytest.raises(BlockingIOError, match="--out held is in use by another process"),
-            data.locked(Path("held")),
+            folder.locked(Path("held")),
         ):
             pass
     finally:
@@ -584,6 +589,6 @@ def test_a_file_system_without_locks_is_none_the_worse(tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr(data.fcntl, "flock", flock)
-    with data.locked(tmp_path / "out"):
+    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    with folder.locked(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import rf
-from mmdit import ClassMMDiT, MMDiT, position_table, timestep_embedding
+from data.labels import ClassMMDiT
+from mmdit import (
+    Attention,
+    MMDiT,
+    StreamBlock,
+    attend,
+    modulate,
+    position_table,
+    timestep_embedding,
+)
+from training.ranks import compile_blocks
 
 F64 = torch.float64
 SMALL = dict(in_channels=3, patch_size=2, pos_embed_max_size=7, context_dim=11, pooled_dim=9)
@@ -383,6 +393,57 @@ def test_both_streams_have_residuals(stream):
     assert torch.equal(shut[1 - which], out[1 - which])  # keys and values are not gated
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_last_context_is_pre_only(depth):
+    """It goes into the last block's attention and does not come out."""
+    net, g = network(depth), torch.Generator().manual_seed(3)
+    draw = lambda *size: torch.randn(*size, 64 * depth, generator=g, dtype=F64)
+    c, context, x, other = draw(2), draw(2, 5), draw(2, 6), draw(2, 5)
+    for block in net.joint_blocks:
+        last = block is net.joint_blocks[-1]
+        new_context, new_x = block(c, context, x)
+        assert block.context_block.pre_only == last and not block.x_block.pre_only
+        assert (new_context is None) == last and new_x.shape == x.shape
+        assert last or new_context.shape == context.shape
+        assert relative(block(c, other, x)[1], new_x) > 1e-2
+
+
+class Dual(StreamBlock):
+    """As SD3.5's MM-DiT-X has it: nine modulations, the last three for a second attention, of the
+    image to itself."""
+
+    def __init__(self, width, qk_norm):
+        super().__init__(width, qk_norm)
+        self.adaLN_modulation[1] = torch.nn.Linear(width, 9 * width)
+        self.attn2 = Attention(width, qk_norm, pre_only=False)
+
+    def post_attention(self, x, attended, *modulations):
+        *six, shift, scale, gate = modulations
+        q, k, v = (part.transpose(1, 2) for part in self.attn2(modulate(x, shift, scale)))
+        second = gate * self.attn2.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return super().post_attention(x, attended, *six) + second
+
+
+def test_a_block_with_nine_modulations_keeps_its_image():
+    """A fork's stream says itself how many it has. With its last gate shut, it is SD3's."""
+    plain, fork = network(qk_norm=True), network(qk_norm=True)
+    for block in fork.joint_blocks:
+        block.x_block = noisy(Dual(128, qk_norm=True)).to(F64)
+    fork.load_state_dict(
+        {k: w for k, w in plain.state_dict().items() if "x_block.adaLN" not in k}, strict=False
+    )
+    with torch.no_grad():
+        for ours, theirs in zip(plain.joint_blocks, fork.joint_blocks, strict=True):
+            six, nine = (block.x_block.adaLN_modulation[1] for block in (ours, theirs))
+            nine.weight[: 6 * 128], nine.bias[: 6 * 128] = six.weight, six.bias
+    assert relative(fork(*inputs()), plain(*inputs())) > 1e-2
+    with torch.no_grad():
+        for block in fork.joint_blocks:
+            for p in block.x_block.adaLN_modulation[1].parameters():
+                p[8 * 128 :] = 0
+    torch.testing.assert_close(fork(*inputs()), plain(*inputs()), rtol=1e-10, atol=1e-10)
+
+
 def test_every_parameter_has_a_gradient_but_the_unused_queries():
     """They get a zero, and so DistributedDataParallel finds no parameter unused."""
     net = network(qk_norm=True)
@@ -479,11 +540,17 @@ def test_bfloat16_autocast_is_close_and_silent(qk_norm, shared):
 def test_residuals_add_up_in_float32_under_autocast(shared):
     net = network(dtype=torch.float32, shared=shared)
     seen = []
+
+    def watch(_, args, out):
+        outputs = out if isinstance(out, tuple) else (out,)
+        seen.extend(stream for stream in (*args[1:], *outputs) if stream is not None)
+
     for block in net.joint_blocks:
-        block.register_forward_hook(lambda _, args, out: seen.extend([*args[1:], *out]))
+        block.register_forward_hook(watch)
     with torch.autocast("cpu", torch.bfloat16):
         net(*inputs(dtype=torch.float32))
-    assert seen and all(stream.dtype == torch.float32 for stream in seen)
+    assert len(seen) == (2 * 2 if shared else 4 * 2 - 1)  # the last context ends in its block
+    assert all(stream.dtype == torch.float32 for stream in seen)
 
 
 @flags
@@ -509,6 +576,21 @@ def test_compiles_without_a_graph_break(shared):
     args = inputs(dtype=torch.float32)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*args), net(*args))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_blocks_compile_one_by_one(shared, monkeypatch):
+    """Of an MM-DiT and of a DiT, alone or inside another module; any other network as a whole."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    net = network(3, shared=shared)
+    for outer in (net, torch.nn.Sequential(net)):
+        compiled.clear()
+        compile_blocks(outer)
+        assert compiled == list(net.joint_blocks)
+    compiled.clear()
+    compile_blocks(net.final_layer)
+    assert compiled == [net.final_layer]
 
 
 # ---- labels and points

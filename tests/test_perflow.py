@@ -88,8 +88,7 @@ def test_bad_windows_are_refused(windows):
         ({"method": "midpoint"}, "unknown solver"),
         ({"evaluations": 0}, "evaluations"),
         ({"parameterization": "x0"}, "velocity or epsilon"),
-        ({"edge_share": 1.5}, "edge_share"),
-        ({"clock_gap": 1.0}, "clock_gap"),
+        ({"times": -1}, "times"),
         ({"reuse": 0}, "reuse"),
     ],
 )
@@ -267,34 +266,61 @@ def test_both_parameterizations_have_one_minimiser():
 # ---- what training draws
 
 
-def test_draw_fills_the_windows_evenly_and_puts_a_share_on_their_starts():
-    n, perflow = 40_000, PeRFlow(untaught, RF, UNEVEN, edge_share=0.25)
-    t = perflow.draw(n, seeded())
+@pytest.mark.parametrize("windows, times", [(4, 4), (4, 250), (3, 5), (1, 4), (UNEVEN, 3)], ids=str)
+def test_discrete_times_are_the_official_ones_and_equally_likely(windows, times):
+    n, perflow = 40_000, PeRFlow(untaught, RF, windows, times=times)
+    t, u = perflow.draw(n, seeded()), torch.rand(n, generator=seeded())
+    N = perflow.windows * times
+    if windows != UNEVEN:
+        torch.testing.assert_close(t, 1 - (u * N).floor() / N, rtol=0, atol=1e-6)
     t_start, t_end = perflow.window(t)
-    share = (t == t_start).double().mean().item()
-    assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
-    for s, e in zip(UNEVEN, UNEVEN[1:], strict=False):  # windows by their width
-        p = (t_end == torch.tensor(s)).double().mean().item()
-        assert abs(p - (e - s)) < 4 * math.sqrt((e - s) / n)
-    w = ((t - t_end) / (t_start - t_end))[t < t_start]
-    counts = torch.histc(w, 20, 0, 1)
-    expected = len(w) / 20
-    assert ((counts - expected) ** 2 / expected).sum() < 45  # chi^2 of 19 degrees, p = 7e-4
-    assert (t == perflow.draw(n, seeded())).all() and (t > 0).all()
-    assert (PeRFlow(untaught, RF, 3, edge_share=0).draw(n, seeded()) < 1).float().mean() > 0.999
+    within = (t_start - t) / (t_start - t_end) * times  # 0, 1, ..., times - 1 below the start
+    torch.testing.assert_close(within, within.round(), rtol=0, atol=2e-4 * times)
+    values, counts = t.unique(return_counts=True)
+    assert len(values) == N and set(perflow.edges[1:].float().tolist()) <= set(values.tolist())
+    chi2 = ((counts - n / N) ** 2 / (n / N)).sum().item()
+    assert chi2 < N + 5 * math.sqrt(2 * N)  # its mean is N - 1, its variance 2 (N - 1)
+
+
+def test_without_discrete_times_t_is_uniform():
+    perflow = PeRFlow(untaught, RF, UNEVEN, times=None)
+    t = perflow.draw(40_000, seeded())
+    assert torch.equal(t, 1 - torch.rand(40_000, generator=seeded())) and (t > 0).all()
+    assert torch.equal(PeRFlow(untaught, RF, UNEVEN, times=0).draw(40_000, seeded()), t)
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
+def test_a_student_is_never_asked_below_the_trained_times_of_its_window(windows):
+    """Where training drew no t, the answer is the one at the lowest t that it drew; above, and at
+    all trained times, the student sees t itself."""
+    perflow = PeRFlow(untaught, RF, windows)
+    asked = perflow.field(lambda z, t: t)
+    z = torch.zeros(1)
+    trained = perflow.draw(10_000, seeded()).unique()
+    close(asked(z, trained), trained, 1e-6)
+    t = 1 - torch.rand(10_000, generator=seeded(1))
+    t_start, t_end = perflow.window(t)
+    lowest = t_end + (t_start - t_end) / 4
+    close(asked(z, t), torch.maximum(t, lowest), 1e-6)
+    assert all((perflow.window(asked(z, t))[k] == (t_start, t_end)[k]).all() for k in (0, 1))
+    plain = PeRFlow(untaught, RF, windows, times=None)
+    assert torch.equal(plain.field(lambda z, t: t)(z, t), t)
 
 
 def test_examples_reuse_each_solve_in_its_window():
     x0, _, _ = examples()
     field, calls = mixture().field(RF), []
     teacher = lambda *a: (calls.append(len(a[0])), field(*a))[1]
-    perflow = PeRFlow(teacher, RF, 3, clock_gap=0.2, reuse=3)
+    perflow = PeRFlow(teacher, RF, 3, reuse=3)
     labels = torch.arange(len(x0)) % 4
     z, t, target, again = perflow.examples(x0, labels, generator=seeded())
     assert calls == [len(x0)] * 8 and len(z) == len(t) == len(target) == 3 * len(x0)
     assert (again == labels.repeat(3)).all()
     close(*(target.split(64)[:2]))  # one solve, one slope, other t
     assert (t[:64] != t[64:128]).any()
+    drawn = perflow.draw(10_000, seeded()).unique()
+    assert (t[:, None] - drawn).abs().amin(1).max() < 1e-6  # the discrete times, in the same window
+    assert torch.equal(*(torch.stack(perflow.window(x)) for x in (t[:64], t[128:])))
     plain, generator = PeRFlow(field, RF, 3), seeded()
     plain.draw(len(x0), generator)
     eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
@@ -312,32 +338,27 @@ def test_a_solve_that_runs_away_gives_its_place_to_another(runs_to):
     rows = perflow.examples(x0, torch.arange(32), generator=seeded())
     perflow.teacher = lambda z, t, row: torch.where(far(z), runs_to, field(z, t))
     left = perflow.examples(x0, torch.arange(32), generator=seeded())
-    own = left[3] == rows[3]
-    assert 20 < own.sum() < 64
-    for given, kept in zip(rows, left, strict=True):
-        assert kept.isfinite().all() and kept.abs().max() < 100
-        assert (kept[own] == given[own]).all()
-    first = left[3][~own].unique()
-    assert len(first) == 1 and own[first]  # the first good row stands in for all others
+    stayed = left[3] == rows[3]
+    assert 20 < stayed.sum() < 64
+    for before, after in zip(rows, left, strict=True):
+        assert after.isfinite().all() and after.abs().max() < 100
+        assert (after[stayed] == before[stayed]).all()
+    first = left[3][~stayed].unique()
+    assert len(first) == 1 and stayed[first]  # the first good row stands in for all others
     slopes = left[2][left[3] == first]
     close(slopes, slopes[:1].expand_as(slopes))
 
 
-@pytest.mark.parametrize("gap", [0, 0.25])
-def test_loss(gap):
+@pytest.mark.parametrize("times", [None, 4])
+def test_loss(times):
     """Zero for a student that knows the line (a point mass), the same from the same generator."""
     mu = torch.tensor([0.3, -0.7])
 
     def exact(z, t):
         return (z - mu) / t[:, None]
 
-    perflow = PeRFlow(
-        exact, RF, 3, method="euler", clock_gap=gap
-    )  # Heun would ask for 0/0 at t = 0
-
-    def student(z, t):
-        t_end = perflow.window(t)[1]
-        return exact(z, t_end + (t - t_end) / (1 - gap))
+    student = exact
+    perflow = PeRFlow(exact, RF, 3, times=times)  # Heun would ask for 0/0 at t = 0
 
     x0 = mu.expand(256, 2)
     assert perflow.loss(student, x0, generator=seeded()) < 1e-6
@@ -358,10 +379,10 @@ def test_loss(gap):
 @pytest.mark.parametrize("parameterization", ["velocity", "epsilon"])
 def test_steps_never_cross_an_edge(windows, parameterization):
     path = RF if parameterization == "velocity" else LDM
-    perflow = PeRFlow(untaught, path, windows, parameterization=parameterization)
+    perflow = PeRFlow(untaught, path, windows, parameterization=parameterization, times=None)
     K, edges = perflow.windows, perflow.edges
     for n in range(K, 4 * K + 1):
-        times = perflow.times(n)
+        times = perflow.grid(n)
         assert times[0] == 1 and times[-1] == 0 and len(times) == n + 1
         assert (times.diff() < 0).all() and all((times == edge).any() for edge in edges)
         counts = [
@@ -374,7 +395,7 @@ def test_steps_never_cross_an_edge(windows, parameterization):
         perflow.sample(student, torch.zeros(1, 2), steps=n)
         assert torch.equal(torch.stack(seen), times[:-1].float())
     with pytest.raises(ValueError, match=f"{K - 1} steps are too few for {K} windows"):
-        perflow.times(K - 1)
+        perflow.grid(K - 1)
 
 
 @pytest.mark.parametrize("parameterization", ["velocity", "epsilon"])
@@ -382,11 +403,10 @@ def test_a_perfect_student_samples_as_the_teacher_in_any_number_of_steps(paramet
     """Piecewise constant by construction: a student that knows where its window started."""
     path = RF if parameterization == "velocity" else LDM
     field, noise = mixture().field(path), torch.randn(32, 2, generator=seeded(), dtype=F64)
-    perflow = PeRFlow(field, path, 3, 400, parameterization, clock_gap=0.3)
-    state, seen = {}, []
+    perflow = PeRFlow(field, path, 3, 400, parameterization)
+    state = {}
 
     def student(z, t):
-        seen.append(t[0])
         k = perflow.window(t)[0][0].item()
         if k not in state:  # the first step of a window: solve it
             x0, eps = torch.zeros_like(z), z / path.b(torch.tensor(k, dtype=F64))
@@ -401,9 +421,6 @@ def test_a_perfect_student_samples_as_the_teacher_in_any_number_of_steps(paramet
         t = torch.full((32,), k, dtype=F64)
         z = perflow.solve_window(torch.zeros_like(z), z / path.b(t)[:, None], t)[1]
     close(once, z, 1e-7)
-    assert all(
-        perflow.window(t)[0] - t > 0.09 for t in seen[:3]
-    )  # the clock skips before each edge
 
 
 def test_curvature_of_a_known_field():

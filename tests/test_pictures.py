@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import pictures
+from data import pictures
+from data.toy import scene as scene_of
 from rf import RectifiedFlow
 from toy2d import GaussianMixture, load_mixture, trajectory
 
@@ -18,7 +19,7 @@ def flow(mixture, frames=49):
 
 def test_pictures_are_drawn(tmp_path):
     m = load_mixture("spiral")
-    field, scene, zs = m.field(RectifiedFlow()), m.scene(), flow(m)
+    field, scene, zs = m.field(RectifiedFlow()), scene_of(m), flow(m)
     sheet = pictures.draw_flow(scene, zs)
     assert (
         sheet.size
@@ -38,7 +39,7 @@ def test_a_mixture_of_far_modes_is_drawn():
     """Between them its density is 0 in float64."""
     far = GaussianMixture([[1000, 0], [-1000, 0]], torch.eye(2).expand(2, 2, 2) / 4, [1, 1])
     field = far.field(RectifiedFlow())
-    pictures.draw_field(far.scene(), field, field, {0.5: 0.0})
+    pictures.draw_field(scene_of(far), field, field, {0.5: 0.0})
 
 
 def test_a_walk_that_lands_fills_the_ring_and_one_that_misses_does_not():
@@ -46,8 +47,8 @@ def test_a_walk_that_lands_fills_the_ring_and_one_that_misses_does_not():
     m = load_mixture("ring")
     exact = torch.tensor([[[0.0, 0.0]], [[1.0, 0.5]]])  # one particle that ends off the modes
     walks = {"lands": exact, "misses": torch.tensor([[[0.0, 0.0]], [[-1.0, 0.5]]])}
-    sheet = np.asarray(pictures.draw_walks(m.scene(), exact, walks)).astype(int)
-    (u, v), side = pictures.Canvas(m.scene(), 480).pixels(exact[-1])[0] / 2, 480
+    sheet = np.asarray(pictures.draw_walks(scene_of(m), exact, walks)).astype(int)
+    (u, v), side = pictures.Canvas(scene_of(m), 480).pixels(exact[-1])[0] / 2, 480
     left, right = (sheet[int(40 + v), int(8 + u + k * (side + 8))].sum() for k in (0, 1))
     assert left > right + 200
 

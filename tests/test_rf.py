@@ -526,26 +526,74 @@ def test_one_euler_step_is_exact_for_a_point_mass_on_rf():
 def test_plane_step_is_ddim_and_euler():
     """A plane step is Euler in t (rf), Euler in sigma (edm), DDIM as published (eps/linear)."""
     z, o = torch.randn(2, 6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    times = [0.9, 0.5, 0.2]  # the last step returns x0_hat: look at the z it starts from
+    times = [1, 0.9, 0.5, 0]  # the step from 0.9 to 0.5, between the z that both are asked at
     seen = {}
     for name in ("rf", "edm(0.00,1.20)", "eps/linear"):
         f, zs = formulation(name), []
-        f.sample(
-            lambda z, t: (zs.append(z / f.path.c_in(t)[:, None]), o)[1], z, steps=2, times=times
-        )
-        seen[name] = zs
-    close(seen["rf"][1], 0.9 * z + (0.5 - 0.9) * o)
+        f.sample(lambda z, t: (zs.append(z / f.path.c_in(t)[:, None]), o)[1], z, times=times)
+        seen[name] = zs[1:]
+    z = seen["rf"][0]
+    close(seen["rf"][1], z + (0.5 - 0.9) * o)
     path = EDM(0, 1.2)
     s, e = path.b(torch.tensor(0.9, dtype=F64)), path.b(torch.tensor(0.5, dtype=F64))
+    z = seen["edm(0.00,1.20)"][0] / s
     d = (1 / (s**2 + 0.25)).sqrt()
     D = 0.25 * d**2 * s * z + s * 0.5 * d * o
     close(seen["edm(0.00,1.20)"][1], s * z + (e - s) * (s * z - D) / s)
     ldm = rf.LDMLinear()
     (a, a2), (b, b2) = (
-        ldm.a(torch.tensor(times[:2], dtype=F64)),
-        ldm.b(torch.tensor(times[:2], dtype=F64)),
+        ldm.a(torch.tensor(times[1:3], dtype=F64)),
+        ldm.b(torch.tensor(times[1:3], dtype=F64)),
     )
-    close(seen["eps/linear"][1], a2 * (b * z - b * o) / a + b2 * o)
+    z = seen["eps/linear"][0]
+    close(seen["eps/linear"][1], a2 * (z - b * o) / a + b2 * o)
+
+
+class Wave(torch.nn.Module):
+    """A small network with weights, for what must agree to the last bit."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.7, -1.3]))
+
+    def forward(self, z, t):
+        return torch.sin(3 * z * self.w) + rf.expand(t, z) * z.flip(1)
+
+
+@pytest.mark.parametrize("shape", [(64, 2), (8, 2, 4, 4)], ids=str)
+def test_the_dozen_lines_are_rf_to_the_last_bit(shape):
+    """Loss, its gradient, and Euler samples: of the lines that open rf.py and of `formulation`."""
+    network, f = Wave() if len(shape) == 2 else lambda z, t: z * rf.expand(t, z), formulation("rf")
+    seeded = lambda: torch.Generator().manual_seed(3)
+    x0 = torch.randn(shape, generator=seeded())
+    plain = rf.rectified_flow_loss(network, x0, seeded())
+    whole = f.loss(network, x0, generator=seeded())
+    assert torch.equal(plain, whole)
+    if len(shape) == 2:
+        gradients = [torch.autograd.grad(loss, network.w)[0] for loss in (plain, whole)]
+        assert torch.equal(*gradients) and gradients[0].abs().min() > 0
+    for steps in (1, 3, 7, 50):
+        times = torch.linspace(1, 0, steps + 1)
+        plain = rf.rectified_flow_sample(network, x0, steps)
+        assert torch.equal(plain, f.sample(network, x0, times=times))
+        torch.testing.assert_close(plain, f.sample(network, x0, steps=steps))
+
+
+@pytest.mark.parametrize("name", ["rf", "eps/cos", "v/linear", "edm(0.00,1.20)"])
+@pytest.mark.parametrize("method", ["euler", "heun", "rk4", "ab2"])
+def test_times_of_a_sample_fall_from_noise_to_data(name, method):
+    """They are those of the path whatever the method, so that the first evaluations agree. What
+    does not fall from 1 to 0 is refused: it would start from a state, which `solve` does."""
+    f, seen, noise = formulation(name), [], torch.randn(5, 2)
+    network = lambda z, t: (seen.append(t[0].item()), 0.1 * z)[1]
+    f.sample(network, noise, times=[1, 0.7, 0.2, 0], method=method)
+    stages = len(rf.SOLVERS[method][0])
+    assert len(seen) == 3 * stages
+    expected = [min(f.path.t_max, 1), 0.7, 0.2]
+    assert seen[::stages] == pytest.approx(expected, abs=1e-4)
+    for bad in ([0.9, 0.5, 0], [1, 0.5], [1, 0.5, 0.6, 0], [1, 0.5, 0.5, 0], [0, 0.5, 1]):
+        with pytest.raises(ValueError, match="times must fall from 1 to 0"):
+            f.sample(network, noise, times=bad, method=method)
 
 
 def test_default_grids():

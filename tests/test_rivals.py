@@ -10,14 +10,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from options import Recipe
+from data.shapes import Shapes
+from data.toy import Toy
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
-from shapes import Shapes
 from studies import fewshapes, fewstep, rivals
 from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
-from toy2d import Toy, load_mixture
+from toy2d import load_mixture
+from training import options
+from training.options import Recipe, preset
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4
 
@@ -111,7 +113,7 @@ def test_dpm_is_that_of_diffusers():
 def test_the_exact_map_is_the_fixed_point_of_skipping(K, skip):
     """Its target is itself, to the error of the solver's one step, which is 0 for the exact flow
     in place of the solver."""
-    objective = Skip(velocity, windows=K, skip=skip, method="rk4")
+    objective = Skip(velocity, windows=K, times=None, skip=skip, method="rk4")
     z, t, _ = objective.examples(normal(500), generator=torch.Generator().manual_seed(1))
     m = objective._middle(t)
     first = (carried(z, t, m) - z) / expand(m - t, z)
@@ -146,8 +148,8 @@ def test_progressive_students_see_data_of_their_own(start, monkeypatch):
 
 def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
     seen = []
-    own = lambda z, t: (seen.append(t), velocity(z, t))[1]
-    objective = Skip(own, own, skip=1 / 8, windows=4, edge_share=1.0)
+    spy = lambda z, t: (seen.append(t), velocity(z, t))[1]
+    objective = Skip(spy, spy, skip=1 / 8, windows=4, times=1)
     rows = objective.examples(normal(1000), generator=torch.Generator().manual_seed(1))
     objective.target(None, rows)
     assert set(rows[1].tolist()) == {0.25, 0.5, 0.75, 1.0}
@@ -156,7 +158,7 @@ def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
 
 @pytest.mark.parametrize("K, steps", [(1, 1), (1, 2), (1, 5), (2, 4), (4, 4), (4, 11)])
 def test_the_exact_map_samples_the_data_in_any_number_of_steps(K, steps):
-    n, objective = 40_000, Skip(velocity, windows=K)
+    n, objective = 40_000, Skip(velocity, windows=K, times=None)
     x = objective.sample(
         exact_jump(K), normal(n), steps=steps, generator=torch.Generator().manual_seed(2)
     )
@@ -205,7 +207,7 @@ def test_dmds_critic_learns_the_flow_of_what_is_drawn():
         critic = torch.nn.Linear(1, 1)
         dmd = DMD(None, critic, 1e-3)
         dmd.critic = field
-        losses[name] = dmd.loss(x, None)
+        losses[name] = dmd.critic_loss(x, None)
     assert losses["own"] < 0.98 * losses["other"]
 
 
@@ -244,7 +246,7 @@ def test_the_critic_learns_to_tell_data():
 
 
 class Pushed(Match):
-    loss = lambda self, x, x0: self.critic.weight.sum() * 0
+    critic_loss = lambda self, x, x0: self.critic.weight.sum() * 0
     push = lambda self, x: torch.full_like(x, 0.25)
 
 
@@ -274,13 +276,13 @@ def test_pairs_leave_out_a_solve_that_runs_away(start, monkeypatch):
 
 
 # ---- The budget
-TINY = dict(steps=14, batch_size=64, lr=1e-3, clip=1.0, dropout=0.0, block=2, threads=None)
+TINY = dict(steps=28, batch_size=64, lr=1e-3, clip=1.0, dropout=0.0, block=2, threads=None)
 
 
 @pytest.fixture
 def start():
     data = Toy(Toy.Options("ring"))
-    recipe = Recipe(**data.recipe(data.options) | TINY)
+    recipe = Recipe(**preset("toy2d") | TINY)
     torch.manual_seed(0)
     network = Toy.network(data.spec(), recipe).requires_grad_(False)
     config = vars(recipe) | {"spec": data.spec(), "dataset": "toy2d"}
@@ -305,7 +307,7 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
     before = copy.deepcopy(teacher.network.state_dict())
     students = METHODS[name].train(teacher, data, replace(recipe, block=1))
     assert all(torch.equal(w, before[key]) for key, w in teacher.network.state_dict().items())
-    rows = 14 * 64
+    rows = 28 * 64
     fewer = {"its pairs alone": 1.5, "DMD without pairs": 1, "adversarial": 0}
     share = fewer.get(name, 2)
     ahead = 64 * 2 * 7  # one block is drawn in advance, of each round
@@ -318,8 +320,7 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
 
 
 def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
-    short = Toy.recipe
-    monkeypatch.setattr(Toy, "recipe", staticmethod(lambda o: short(o) | dict(steps=30)))
+    monkeypatch.setitem(options.PRESETS, "toy2d", preset("toy2d") | dict(steps=30))
     monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
         energy=draw(normal(20)).mean().item(), outliers=0.5
     ))  # fmt: skip
@@ -367,10 +368,9 @@ def test_shapes_runs_are_of_their_teacher(start, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["teacher", "DMD", "adversarial", "progressive", "PeRFlow, K = 2"])
 def test_a_method_on_shapes(name, monkeypatch):
     """With its captions, and the teacher's guidance in every field that is learned from."""
-    preset = Shapes.recipe(Shapes.Options()) | dict(depth=1, precision="fp32")
-    monkeypatch.setattr(Shapes, "recipe", staticmethod(lambda o: preset))
-    monkeypatch.setattr(Shapes, "distil", dict(batch_size=16, block=1))
-    recipe, spec = Recipe(**preset), Shapes(Shapes.Options()).spec()
+    monkeypatch.setitem(options.PRESETS, "shapes student", dict(batch_size=16, block=1))
+    recipe = Recipe(**preset("shapes") | dict(depth=1, precision="fp32"))
+    spec = Shapes(Shapes.Options()).spec()
     network = Shapes.network(spec, recipe).requires_grad_(False)
     config = vars(recipe) | dict(dataset="shapes", spec=spec)
     monkeypatch.setattr(

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import assert_one_line, in_process
 from PIL import Image
-from test_train import assert_one_line, in_process
 
 import sample
-from checkpoint import save
 from perflow import PeRFlow
 from rf import solve
+from training.checkpoint import save
 
 
 @pytest.fixture

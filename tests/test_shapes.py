@@ -6,14 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import assert_one_line, in_process
 from PIL import Image
-from test_train import assert_one_line, in_process
 
 import sample
-import shapes
 import train
-from data import Data
-from shapes import CAPTIONS, PAIRS, UNSEEN, VOCABULARY, Shapes
+from data import shapes
+from data.shapes import CAPTIONS, PAIRS, UNSEEN, VOCABULARY, Shapes
 
 
 def seeded(seed=0):
@@ -130,7 +129,7 @@ def test_real_pictures_are_read_400_times_of_400(pictures, noise):
     rows, x0 = pictures
     noisy = x0 + noise * torch.randn(x0.shape, generator=seeded(1))
     verdict = shapes.verdicts(rows, noisy)
-    assert [verdict[kind] for kind in shapes.KINDS] == [1.0] * 4
+    assert [verdict[aspect] for aspect in shapes.ASPECTS] == [1.0] * 4
     distance = shapes.nearest(noisy)[1]
     spread = noise / (2 * 3 * 32 * 32) ** 0.5  # of the rms of so many normal values
     assert (distance - noise).abs().max() < 5 * spread + 1e-3  # the distance to the true picture
@@ -196,26 +195,6 @@ def test_both_conditions_are_dropped_together():
     assert torch.equal(context[~gone], cond[0][~gone])
 
 
-def test_parts_of_conditions_are_dropped_by_themselves():
-    """As SD3's three encoders: two share tokens in channels, the third has tokens of its own."""
-    cond = [torch.ones(20_000, 4, 5), torch.ones(20_000, 5)]
-    parts = [
-        [(0, slice(0, 2), slice(0, 3)), (1, slice(0, 3))],
-        [(0, slice(0, 2), slice(3, 5)), (1, slice(3, 5))],
-        [(0, slice(2, 4))],
-    ]
-    data = Data()
-    data.parts = parts
-    context, pooled = data.drop(cond, [torch.zeros(4, 5), torch.zeros(5)], 0.1, seeded())
-    gone = torch.stack([(context[:, :2, :3] == 0).flatten(1).all(1), (pooled[:, 3:] == 0).all(1),
-                        (context[:, 2:] == 0).flatten(1).all(1)])  # fmt: skip
-    assert torch.equal(gone[0], (pooled[:, :3] == 0).all(1))
-    assert torch.equal(gone[1], (context[:, :2, 3:] == 0).flatten(1).all(1))
-    for share, expected in ((gone.double().mean(1), 0.464), (gone.all(0).double().mean(), 0.1)):
-        assert (share - expected).abs().max() < 0.02
-    assert cond[0].min() == 1  # the data are not changed
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Forty steps of a model of depth 1, by the command."""
@@ -224,10 +203,7 @@ def model(tmp_path_factory):
         depth=1, steps=40, batch_size=8, warmup=2, log_every=10, eval_every=40, validation=8
     )
     with pytest.MonkeyPatch.context() as patch:
-        own = Shapes.recipe
-        patch.setattr(
-            Shapes, "recipe", staticmethod(lambda o: own(o) | quick | {"precision": "fp32"})
-        )
+        patch.setattr(Shapes, "recipe", quick | {"precision": "fp32"})
         patch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
         patch.setattr(sys, "argv", ["train.py", "--dataset", "shapes", "--out", str(out)])
         train.main()

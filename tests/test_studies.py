@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import assert_one_line, in_process
 from PIL import Image
-from test_train import assert_one_line, in_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import sample
 import toy2d
+from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
-from options import Recipe, command
 from rf import STUDY, formulation
-from shapes import Shapes
 from studies import architectures, bench, delta, exact, figures, plan, rank, runs, scaling
 from toy2d import load_mixture
 from train import State, train
+from training.options import PRESETS, Recipe, command
 
 
 def test_ranks_share_ties():
@@ -131,8 +131,8 @@ def test_a_walk_starts_in_noise_and_ends_in_the_samples():
 def test_delta_fine_tunes_from_the_teacher(finished, monkeypatch):
     """On its own data the teacher stays where it is; a turned mixture is turned."""
     teacher = sample.load(finished[0] / "checkpoint.pt")
-    options = toy2d.Toy.Options(teacher.config["mixture"], conditional=True)
-    own = delta.fine_tuned(teacher, toy2d.Toy(options), 40)
+    options = Toy.Options(teacher.config["mixture"], conditional=True)
+    own = delta.fine_tuned(teacher, Toy(options), 40)
     pairs = zip(own.network.parameters(), teacher.network.parameters(), strict=True)
     change = torch.stack([(a - b).norm() for a, b in pairs]).norm()
     norm = torch.stack([p.norm() for p in teacher.network.parameters()]).norm()
@@ -145,8 +145,8 @@ def test_delta_fine_tunes_from_the_teacher(finished, monkeypatch):
 
 def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     """With little of everything: the numbers are there and the student is another network."""
-    recipe, reference = toy2d.Toy.recipe, toy2d.reference
-    monkeypatch.setattr(toy2d.Toy, "recipe", staticmethod(lambda o: recipe(o) | {"steps": 100}))
+    reference = toy2d.reference
+    monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"steps": 100})
     monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
     monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
     run = delta.trained(("ring", 0), steps=20)
@@ -160,22 +160,16 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
 
 
 def test_bench_prints_its_two_tables(capsys, monkeypatch):
-    recipe = toy2d.Toy.recipe
-    monkeypatch.setattr(toy2d.Toy, "recipe", staticmethod(lambda o: recipe(o) | {"block": 5}))
+    monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"block": 5})
     bench.run(rounds=1, depth=1, context=4, batch_size=1)
     printed = capsys.readouterr().out
     assert "train.py" in printed and "bare loop" in printed and "MM-DiT depth 1" in printed
 
 
 def test_a_table_shows_no_nan():
-    assert toy2d.shown(math.nan, ".2f") == toy2d.shown(math.inf, ".1%") == "diverged"
     runs = [made_up(name, "ring", 0, [math.nan] * 4) for name in ("rf", "v/cos")]
     table = rank.rank_table(runs, ["rf", "v/cos"], ["ring"])
     assert "nan" not in table and table.count("diverged") == 8
-    away = toy2d.sample_metrics(
-        torch.full((9, 2), math.nan), torch.zeros(9, 2), load_mixture("ring")
-    )
-    assert away["outliers"] == 1 and "nan" not in toy2d.metrics_table({"x": away})
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):
@@ -227,11 +221,12 @@ def test_the_skips_join_mirror_images():
     for skip in uvit.skips:
         torch.nn.init.eye_(skip.weight), torch.nn.init.zeros_(skip.bias)
     del uvit.joint_blocks
-    add = lambda i: lambda c, x: (seen.append(x[0].item()), (x + 10**i,))[1]
+    add = lambda i: lambda c, x: (seen.append(x[0, 0, 0].item()), x + 10**i)[1]
     uvit.joint_blocks = [add(i) for i in range(5)]
-    (x,) = uvit.mixed(None, torch.zeros(320))
+    x = uvit.mixed(None, torch.zeros(1, 2, 320), torch.zeros(1, 3, 320))
     # in: 0, 1, 11, then 111 + 11 from block 1, then 1122 + 1 from block 0
-    assert seen == [0, 1, 11, 122, 1123] and x[0].item() == 11123
+    assert seen == [0, 1, 11, 122, 1123]
+    assert x.shape == (1, 3, 320) and (x == 11123).all()
 
 
 def test_a_cross_block_by_hand():
@@ -321,9 +316,8 @@ def test_the_report_of_scaling(tmp_path):
 
 
 def test_one_real_run_of_an_architecture(monkeypatch):
-    recipe = Shapes.recipe
     small = dict(validation=4, batch_size=4, precision="fp32")
-    monkeypatch.setattr(Shapes, "recipe", staticmethod(lambda o: recipe(o) | small))
+    monkeypatch.setitem(PRESETS, "shapes", PRESETS["shapes"] | small)
     run = architectures.trained(("CrossDiT", 1, 0), steps=20, judged=2)
     steps, spent, losses = zip(*run["curve"], strict=True)
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)

@@ -1,9 +1,9 @@
-"""Everything that is drawn, with Pillow: flows over densities, fields, walks, sheets, curves.
+"""All pictures, drawn with Pillow: flows over densities, fields, walks, sheets, curves.
 
-A picture of a flow is a `Scene` with points on it: the density p_t as a glow below, particles,
-trajectories or arrows above, the same axes everywhere. Callers give arrays, and functions where a
-picture asks for many points; nothing here knows a mixture, a network or a data set.
-Time, here and everywhere: t = 0 is data, t = 1 is noise."""
+A picture of a flow is a `Scene` with points on it: the density p_t as a glow below; particles,
+trajectories or arrows above; the same axes everywhere. Callers give arrays, or functions where a
+picture needs many points. Nothing here knows a mixture, a network or a data set.
+Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/toy.py`, a caller."""
 
 import math
 import textwrap
@@ -22,27 +22,26 @@ Colours = Sequence[tuple[int, ...]]
 
 
 class Scene(NamedTuple):
-    """What lies under a picture of points: density(z (n,2), t (n,)) -> p_t(z) (n,), and how far the
-    axes reach, [-extent, extent]^2."""
+    """The background of points: density(z (n,2), t (n,)) -> p_t(z) (n,), on [-extent, extent]^2."""
 
     density: Callable[[Tensor, Tensor], Tensor]
     extent: float
 
 
 class Canvas:
-    """A panel over a scene, drawn at twice its size and reduced: smooth edges."""
+    """A panel over a scene. It is drawn at twice its size, then reduced: edges become smooth."""
 
     def __init__(self, scene: Scene, size: int = 340):
         self.density, self.extent = scene
         self.size = 2 * size
         self.image = Image.new("RGB", (2 * size, 2 * size), FRAME)
-        self.draw = ImageDraw.Draw(self.image, "RGBA")
+        self.pen = ImageDraw.Draw(self.image, "RGBA")
 
     def pixels(self, x: Tensor) -> np.ndarray:
         return ((x.numpy() / self.extent * [1, -1] + 1) * self.size / 2).astype(np.float32)
 
     def glow(self, t: float) -> "Canvas":
-        """The root of p_t as a background: the root keeps the faint parts visible."""
+        """Paint the root of p_t as a background: the root keeps the faint parts visible."""
         n = self.size // 4
         axis = torch.linspace(-1, 1, n, dtype=torch.float64) * self.extent
         grid = torch.stack([axis.expand(n, n), -axis[:, None].expand(n, n)], dim=-1).reshape(-1, 2)
@@ -54,15 +53,15 @@ class Canvas:
         return self
 
     def points(self, x: Tensor, colours: Colours, radius=2.5, ring: bool = False) -> "Canvas":
-        for at, colour in zip(self.pixels(x), colours, strict=True):
-            how = dict(outline=(*colour, 230), width=3) if ring else dict(fill=(*colour, 200))
-            self.draw.ellipse((*(at - radius), *(at + radius)), **how)
+        for centre, colour in zip(self.pixels(x), colours, strict=True):
+            style = dict(outline=(*colour, 230), width=3) if ring else dict(fill=(*colour, 200))
+            self.pen.ellipse((*(centre - radius), *(centre + radius)), **style)
         return self
 
     def lines(self, xs: Tensor, colours: Colours, alpha: int = 110, width: int = 2) -> "Canvas":
         """Trajectories xs (steps + 1, n, 2)."""
         for line, colour in zip(self.pixels(xs.transpose(0, 1)), colours, strict=True):
-            self.draw.line([tuple(point) for point in line], (*colour, alpha), width)
+            self.pen.line([tuple(point) for point in line], (*colour, alpha), width)
         return self
 
     def arrows(self, field: Callable[[Tensor, Tensor], Tensor], t: float) -> "Canvas":
@@ -75,14 +74,14 @@ class Canvas:
         strength = (p / p.max().clamp(min=1e-30)) ** 0.3
         for tail, head, s in zip(self.pixels(x), self.pixels(x + v), strength, strict=True):
             fill = (*WARM, int(60 + 195 * s))
-            self.draw.line((*tail, *head), fill, width=3)
-            self.draw.ellipse((*(head - 4), *(head + 4)), fill)
+            self.pen.line((*tail, *head), fill, width=3)
+            self.pen.ellipse((*(head - 4), *(head + 4)), fill)
         return self
 
     def done(self, label: str = "") -> Image.Image:
         image = self.image.resize((self.size // 2,) * 2, Image.Resampling.LANCZOS)
-        how = dict(font=ImageFont.load_default(15), stroke_width=2, stroke_fill=FRAME)
-        ImageDraw.Draw(image).text((9, 6), label, INK, **how)
+        pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+        pen.text((9, 6), label, INK, font, stroke_width=2, stroke_fill=FRAME)
         return image
 
 
@@ -105,11 +104,11 @@ def hues(x: Tensor) -> list[tuple[int, ...]]:
     return [tuple(map(int, colour)) for colour in np.asarray(rgb)[0]]
 
 
-# ---- Flows. The starting noise is N(0, I), so all of it is on the RF path; a particle's hue is the
-# angle it started at.
+# ---- Flows, all on the RF path: they start from N(0, I). The angle at its start gives a particle
+# its hue.
 def draw_flow(scene: Scene, zs: Tensor) -> Image.Image:
-    """From noise to data: particles zs (49,n,2) at t = 1, 47/48, ..., 0 over p_t at five times, and
-    the trajectories of the first 250."""
+    """Draw particles zs (49,n,2), of t = 1, 47/48, ..., 0, over p_t at five of these times, and the
+    trajectories of the first 250."""
     colours, panels = hues(zs[0]), []
     for i, t in enumerate(("1, noise", "0.75", "0.50", "0.25", "0, data")):
         canvas = Canvas(scene).glow(1 - i / 4).points(zs[12 * i], colours)
@@ -119,7 +118,7 @@ def draw_flow(scene: Scene, zs: Tensor) -> Image.Image:
 
 
 def draw_field(scene: Scene, learned, exact, errors: dict[float, float]) -> Image.Image:
-    """Two fields f(z (n,2), t (n,)) at the times of {t: relative error}, one above the other."""
+    """Draw two fields f(z (n,2), t (n,)), one above the other, at the times in {t: error}."""
     panel = lambda field, t, label: Canvas(scene).glow(t).arrows(field, t).done(label)
     above = (f"learned, t = {t}; relative error {error:.1e}" for t, error in errors.items())
     rows = [
@@ -131,8 +130,8 @@ def draw_field(scene: Scene, learned, exact, errors: dict[float, float]) -> Imag
 
 
 def draw_walks(scene: Scene, exact: Tensor, walks: dict[str, Tensor]) -> Image.Image:
-    """Few steps beside the exact paths (T,n,2) from the same noise: a panel for each walk
-    (steps + 1, n, 2). A ring shows where a particle should land."""
+    """Draw walks of a few steps, each (steps + 1, n, 2) in its panel, beside the exact paths
+    (T,n,2) from the same noise. A ring shows where a particle should land."""
     colours, n, panels = hues(exact[0]), exact.shape[1], []
     for label, zs in walks.items():
         canvas = Canvas(scene, 480).glow(0).lines(exact, [GREY] * n, 150)
@@ -150,8 +149,8 @@ def draw_samples(scene: Scene, samples: Tensor, data: Tensor, colours: Colours) 
 
 
 def save_gif(file: File, scene: Scene, zs: Tensor) -> None:
-    """Particles zs (frames, n, 2) from noise to data, with short tails, over p_t; pauses at both
-    ends, and one palette for all, or colours would flicker."""
+    """Save particles zs (frames, n, 2) from noise to data, with short tails, over p_t. The first
+    and the last frame pause. All frames share one palette; with several, colours would flicker."""
     images, colours, last = [], hues(zs[0]), len(zs) - 1
     for i, z in enumerate(zs):
         t = 1 - i / last
@@ -170,8 +169,13 @@ def to_uint8(x0: Tensor) -> np.ndarray:
     return x.to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_float(images: Tensor) -> Tensor:
+    """uint8 of any shape -> [-1, 1], both ends exactly."""
+    return images.float() / 127.5 - 1
+
+
 def draw_sheet(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> Image.Image:
-    """Images uint8 (n,H,W,3) in rows of `columns`, small ones enlarged, each row with its name."""
+    """Images uint8 (n,H,W,3), `columns` in a row. Small ones are enlarged; a row has its name."""
     n, h, w, _ = images.shape
     zoom, gap, left = max(1, 64 // h), 2, 90 if names else 0
     h, w = h * zoom + gap, w * zoom + gap
@@ -179,50 +183,50 @@ def draw_sheet(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> I
     for i, image in enumerate(images):
         at = (left + i % columns * w + gap, i // columns * h + gap)
         sheet.paste(Image.fromarray(image).resize((w - gap, h - gap), Image.Resampling.NEAREST), at)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, name in enumerate(names):
-        draw.text((6, i * h + h // 2 - 8), name[:12], "black", font)
+        pen.text((6, i * h + h // 2 - 8), name[:12], "black", font)
     return sheet
 
 
 def draw_captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Images uint8 (n,H,W,3), small ones enlarged, each over the lines of its caption."""
+    """Images uint8 (n,H,W,3), each over the lines of its caption. Small ones are enlarged."""
     n, h, w, _ = images.shape
     columns, zoom, gap, font = min(n, columns), max(1, 128 // h), 8, ImageFont.load_default(13)
-    wrap = lambda text: [
-        part for line in text.split("\n") for part in textwrap.wrap(line, zoom * w // 7)
-    ]
-    lines = [wrap(caption) for caption in captions]
-    h, w = zoom * h + 17 * max(map(len, lines)) + 2 * gap, zoom * w + gap
+    characters = zoom * w // 7  # in a line
+    wrap = lambda caption: "\n".join(textwrap.fill(s, characters) for s in caption.split("\n"))
+    texts = [wrap(caption) for caption in captions]
+    lines = 1 + max(text.count("\n") for text in texts)
+    h, w = zoom * h + 17 * lines + 2 * gap, zoom * w + gap
     sheet = Image.new("RGB", (columns * w + gap, -(-n // columns) * h + gap), (240, 240, 240))
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         x, y = gap + i % columns * w, gap + i // columns * h
         big = Image.fromarray(image).resize((w - gap,) * 2, Image.Resampling.NEAREST)
         sheet.paste(big, (x, y))
-        draw.text((x, y + w - gap + 2), "\n".join(text), "black", font, spacing=3)
+        pen.text((x, y + w - gap + 2), text, "black", font, spacing=3)
     return sheet
 
 
 def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high: float):
-    """Lines {name: (x in [0, 1], y)} in one frame, with a legend; y is cut to [low, high]."""
+    """Draw curves {name: (x in [0, 1], y)} in one frame, with a legend; y is cut to [low, high]."""
     size, left, font = 840, 70, ImageFont.load_default(26)
     image = Image.new("RGB", (size, size), FRAME)
-    draw, scale = ImageDraw.Draw(image), 0.85 * size / (high - low)
+    pen, scale = ImageDraw.Draw(image), 0.85 * size / (high - low)
     place = lambda x, y: (left + x * (size - left - 30), (high - y) * scale + 90)
     for tick in range(5):
         y = low + (high - low) * tick / 4
-        draw.line([place(0, y), place(1, y)], (48, 54, 74), width=2)
-        draw.text((8, place(0, y)[1] - 16), f"{y:.3g}", INK, font)
-        draw.text((place(tick / 4, low)[0] - 20, size - 44), f"{tick / 4:g}", INK, font)
+        pen.line([place(0, y), place(1, y)], (48, 54, 74), width=2)
+        pen.text((8, place(0, y)[1] - 16), f"{y:.3g}", INK, font)
+        pen.text((place(tick / 4, low)[0] - 20, size - 44), f"{tick / 4:g}", INK, font)
     angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
     colours = hues(torch.stack([angle.cos(), angle.sin()], dim=1))
-    drawn = list(enumerate(zip(curves.values(), colours, strict=True)))
-    for i, ((x, y), colour) in reversed(drawn):  # wide ones first: equal curves show as rims
+    numbered = list(enumerate(zip(curves.values(), colours, strict=True)))
+    for i, ((x, y), colour) in reversed(numbered):  # wide ones first: equal curves show as rims
         points = zip(x.tolist(), y.clamp(low, high).tolist(), strict=True)
-        draw.line([place(*point) for point in points], colour, 4 + i, joint="curve")
+        pen.line([place(*point) for point in points], colour, 4 + i, joint="curve")
     for i, (name, colour) in enumerate(zip(curves, colours, strict=True)):
         at = left + 16 if low == 0 else size - 330, 96 + 34 * i
-        draw.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)
-    draw.text((72, 24), title, INK, ImageFont.load_default(32))
+        pen.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)
+    pen.text((72, 24), title, INK, ImageFont.load_default(32))
     return image.resize((size // 2, size // 2), Image.Resampling.LANCZOS)

@@ -1,14 +1,13 @@
 """The laboratory of text: drawn shapes with captions, and an exact reader of such pictures.
 
-`toy2d.py` knows the true field of its data, this file the true caption of a picture. A caption
-names one object, or two and their relation: "a red circle left of a blue square". `render` draws
-it; `read` compares a picture with all that can be drawn, and so judges what a model paints.
-c_ctxt has a fixed vector for each (word, place in the sentence). c_vec is the bag of the words: as
-the paper says of pooled text, it is coarse, and does not tell which colour is whose.
-Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `train.py`."""
+`toy2d.py` knows the true field of its data; this file knows the true caption of a picture. A
+caption names one object, or two and their relation: "a red circle left of a blue square". `render`
+draws it. `read` compares a picture with everything that can be drawn, so it judges a model exactly.
+The two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place in the
+sentence); c_vec counts the words, so it does not say which object has which colour.
+Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/cifar10.py`."""
 
 import itertools
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path as File
@@ -19,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import DATA, HELD_OUT, Data, seeded
+from data.base import DATA, HELD_OUT, Data, seeded
+from data.pictures import draw_captioned, to_uint8
 from mmdit import MMDiT
-from pictures import draw_captioned, to_uint8
+from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
 COLOURS = dict(
@@ -40,9 +40,9 @@ LAYOUTS = {  # (rows, columns) of the first object's centre and of the second's
     "left of": [(MIDDLE, LOW), (MIDDLE, HIGH)],
     "above": [(LOW, MIDDLE), (HIGH, MIDDLE)],
 }
-TURNED = {"right of": "left of", "below": "above"}  # the same with its objects exchanged
+TURNED = {"right of": "left of", "below": "above"}  # the same layout, its objects exchanged
 VOCABULARY = ("a", *COLOURS, *SHAPES, "left", "right", "above", "below", "of")
-WORDS = 8  # of the longest caption
+WORDS = 8  # in the longest caption
 PAIRS = list(itertools.product(COLOURS, SHAPES))
 UNSEEN = {  # never in training: a quarter of the pairs, one of each colour
     ("red", "triangle"), ("green", "circle"), ("blue", "cross"),
@@ -50,7 +50,7 @@ UNSEEN = {  # never in training: a quarter of the pairs, one of each colour
 }  # fmt: skip
 
 
-# ---- Captions: there are 24 of one object and 4 x 24^2 of two, so a caption is a row of a table
+# ---- Captions: 24 name one object and 4 x 24^2 name two, so a caption is a row of a table
 def phrase(relation: str, *pairs: tuple[str, str]) -> str:
     return f" {relation} ".join(f"a {colour} {shape}" for colour, shape in pairs)
 
@@ -61,20 +61,17 @@ CAPTIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {  # caption: layout, o
     **{phrase(r, b, a): (o, [a, b]) for r, o in TURNED.items() for a in PAIRS for b in PAIRS},
 }
 ROW = {caption: i for i, caption in enumerate(CAPTIONS)}
-LAYOUT = torch.tensor([[*LAYOUTS].index(layout) for layout, _ in CAPTIONS.values()])
+LAYOUT = torch.tensor([[*LAYOUTS].index(layout) for layout, _ in CAPTIONS.values()])  # (2328,)
+NEW = torch.tensor([any(pair in UNSEEN for pair in pairs) for _, pairs in CAPTIONS.values()])
+# (2328,2); a single object stands twice
 OBJECTS = torch.tensor([[PAIRS.index(o) for o in (2 * b)[:2]] for _, b in CAPTIONS.values()])
-NEW = torch.tensor([any(o in UNSEEN for o in b) for _, b in CAPTIONS.values()])
-IDS = torch.tensor(
-    [
-        [VOCABULARY.index(w) + 1 for w in c.split()] + [0] * (WORDS - len(c.split()))
-        for c in CAPTIONS
-    ]
-)  # 0 stands for no word
+SENTENCES = [torch.tensor([VOCABULARY.index(word) + 1 for word in c.split()]) for c in CAPTIONS]
+IDS = nn.utils.rnn.pad_sequence(SENTENCES, batch_first=True)  # (2328,8); 0 stands for no word
 
 
 def row_of(caption: str) -> int:
-    """Its row in the tables. ValueError on a word that is not in the vocabulary, and on a sentence
-    that is no caption."""
+    """The row of a caption in the tables. ValueError on a word that is not in the vocabulary, and
+    on a sentence that is no caption."""
     words = caption.split()
     for word in words:
         if word not in VOCABULARY:
@@ -86,8 +83,8 @@ def row_of(caption: str) -> int:
 
 
 def conditions_of(rows: Tensor) -> list[Tensor]:
-    """c_ctxt (n,8,24), a one-hot word beside its one-hot place times 4, zeros for no word (times 1
-    the network learns half as fast); c_vec (n,16), how often each word occurs."""
+    """c_ctxt (n,8,24): 4 times a one-hot word beside its one-hot place, zeros for no word; without
+    the 4 the network learns half as fast. c_vec (n,16): the count of each word."""
     words = F.one_hot(IDS[rows], len(VOCABULARY) + 1)[..., 1:].float()
     places = torch.eye(WORDS).expand(len(rows), -1, -1) * words.sum(-1, keepdim=True)
     return [4 * torch.cat([words, places], dim=-1), words.sum(1)]
@@ -101,20 +98,20 @@ def rows_of(context: Tensor) -> Tensor:
 
 
 def draw_rows(n: int, generator: torch.Generator, new: bool = False) -> Tensor:
-    """Rows of n captions, a fifth of one object: of pairs that training sees, or with `new` those
-    that name at least one that it does not see."""
-    alone = torch.rand(n, generator=generator) < 0.2
-    mine = NEW if new else ~NEW
-    pools = [(mine & layout).nonzero()[:, 0] for layout in (LAYOUT > 0, LAYOUT == 0)]
+    """Draw the rows of n captions. A fifth of them names one object. All pairs in them are in
+    training or, with `new`, at least one is not."""
+    single = torch.rand(n, generator=generator) < 0.2
+    allowed = NEW if new else ~NEW
+    pools = [(allowed & layout).nonzero()[:, 0] for layout in (LAYOUT > 0, LAYOUT == 0)]
     u = torch.rand(n, generator=generator)
     two, one = (pool[(u * len(pool)).long()] for pool in pools)
-    return torch.where(alone, one, two)
+    return torch.where(single, one, two)
 
 
 # ---- Pictures
 @cache
 def masks() -> Tensor:
-    """(4,13,13): the share of each pixel that a shape covers, by 8 x 8 points a pixel."""
+    """(4,13,13): the share of each pixel that a shape covers, counted at 8 x 8 points."""
     side = 2 * HALF + 1
     points = (np.arange(8 * side) + 0.5) / 8 - side / 2
     covered = np.stack([inside(*np.meshgrid(points, points)) for inside in SHAPES.values()])
@@ -123,7 +120,7 @@ def masks() -> Tensor:
 
 @cache
 def placed_masks() -> Tensor:
-    """(4,32,32,32,32): the mask of a shape whose centre is at (row, column); 0 near the rim."""
+    """(4,32,32,32,32): the mask of each shape with its centre at (row, column); 0 near the rim."""
     placed = torch.zeros(len(SHAPES), *[SIZE] * 4)
     for row, column in itertools.product(range(HALF, SIZE - HALF), repeat=2):
         square = slice(row - HALF, row + HALF + 1), slice(column - HALF, column + HALF + 1)
@@ -132,7 +129,7 @@ def placed_masks() -> Tensor:
 
 
 def paints() -> Tensor:
-    """(6,3): the colours less white, in the units of x0 in [-1, 1]."""
+    """(6,3): the colours minus white, in the units of x0 in [-1, 1]."""
     return 2 * torch.tensor([*COLOURS.values()]) - 2
 
 
@@ -155,8 +152,8 @@ def render(caption: str, generator: torch.Generator | None = None) -> Tensor:
 # ---- The reader
 def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
     """The captions of the pictures nearest to x0 (n,3,32,32), and the rms distances to them (n,).
-    Every object at every place is compared. The two objects of a layout do not overlap, so what one
-    of them explains, |x0 - white|^2 - |x0 - object|^2, adds to what the other explains."""
+    It tries every object at every place. One object explains |x0 - white|^2 - |x0 - object|^2. The
+    two objects of a layout do not overlap, so the sum of both is what they explain together."""
     if len(x0) > 500:  # to bound the memory
         captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
         return [*itertools.chain(*captions)], torch.cat(distances)
@@ -183,38 +180,28 @@ def read(x0: Tensor) -> list[str]:
     return nearest(x0.reshape(-1, 3, SIZE, SIZE))[0]
 
 
-KINDS = ("all right", "colours", "shapes", "relation")
+ASPECTS = ("all right", "colours", "shapes", "relation")
 
 
 def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
-    """How often pictures show their captions: all of it, its colours, its shapes, its relation; and
-    the mean of their rms distances to the nearest true picture, whose pixels are in [-1, 1]."""
-    right, known = [], [*CAPTIONS.values()]
+    """The shares of pictures that show all of their caption, its colours, its shapes, its relation;
+    and the mean rms distance to the nearest true picture, whose pixels are in [-1, 1]."""
+    table, known = [], [*CAPTIONS.values()]
     captions, distances = nearest(x0)
-    for wanted, seen in zip(rows.tolist(), captions, strict=True):
-        layout, objects = known[wanted]
-        own, things = CAPTIONS[seen]
-        colours, shapes = (
-            sorted(o[k] for o in objects) == sorted(o[k] for o in things) for k in (0, 1)
-        )
-        exchanged = objects != things and objects == things[::-1]
-        relation = layout == own and not exchanged
-        right.append(
-            [colours and shapes and relation and objects == things, colours, shapes, relation]
-        )
-    shares = dict(zip(KINDS, torch.tensor(right).double().mean(0).tolist(), strict=True))
+    words = lambda objects, k: sorted(pair[k] for pair in objects)  # colours or shapes
+    for row, caption in zip(rows.tolist(), captions, strict=True):
+        (layout, objects), (seen_layout, seen) = known[row], CAPTIONS[caption]
+        right = layout == seen_layout and objects == seen
+        colours, shapes = (words(objects, k) == words(seen, k) for k in (0, 1))
+        exchanged = objects != seen and objects == seen[::-1]
+        table.append([right, colours, shapes, layout == seen_layout and not exchanged])
+    shares = dict(zip(ASPECTS, torch.tensor(table).double().mean(0).tolist(), strict=True))
     return shares | {"distance": distances.mean().item()}
 
 
 # ---- The shapes as the data of a run
-def fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 faster than float32: a GPU, or a CPU that says so."""
-    told = File("/proc/cpuinfo").read_text() if File("/proc/cpuinfo").exists() else ""
-    return torch.cuda.is_available() or bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", told))
-
-
 class Shapes(Data):
-    """Captioned pictures, drawn anew for each step: what `train.py --dataset shapes` learns."""
+    """What `train.py --dataset shapes` learns: captioned pictures, new ones in each step."""
 
     @dataclass
     class Options:
@@ -222,20 +209,10 @@ class Shapes(Data):
 
     cfg: ClassVar = 3.0
     parts: ClassVar = [[(0,), (1,)]]  # both conditions are dropped together
-    distil: ClassVar = dict(steps=1_500, batch_size=32, lr=5e-4, validation=64)
 
     def __init__(self, options: Options):
         if not fast_bf16():
             print("shapes: this CPU is slow in bf16, so the default is float32, at half the speed")
-
-    @staticmethod
-    def recipe(options: Options) -> dict:
-        """Shapes are what is learned last, from much noise: hence (0.5, 1) and small batches."""
-        precision = "bf16" if fast_bf16() else "fp32"
-        recipe = dict(formulation="rf/lognorm(0.50,1.00)", precision=precision)
-        recipe |= dict(depth=4, steps=6_000, batch_size=32, lr=3e-3, warmup=200, decay=True)
-        recipe |= dict(beta2=0.99, eps=1e-8, ema_decay=0.995, ema_every=1, block=8, threads=1)
-        return recipe | dict(log_every=50, eval_every=500, save_every=500, validation=256)
 
     def spec(self) -> dict:
         return dict(shape=[3, SIZE, SIZE], classes=0)
@@ -253,52 +230,51 @@ class Shapes(Data):
 
     @staticmethod
     def network(spec: dict, recipe) -> nn.Module:
-        """Patches of 8 x 8: 16 image tokens beside 8 words."""
-        dims = dict(context_dim=len(VOCABULARY) + WORDS, pooled_dim=len(VOCABULARY))
-        shape = dict(in_channels=3, patch_size=8, pos_embed_max_size=SIZE // 8, qk_norm=True)
-        network = MMDiT(recipe.depth, **shape, **dims)
-        network.null_cond = (
-            torch.zeros(WORDS, dims["context_dim"]),
-            torch.zeros(dims["pooled_dim"]),
-        )
+        """An MM-DiT with patches of 8 x 8: 16 image tokens beside 8 words."""
+        channels, width = len(VOCABULARY), len(VOCABULARY) + WORDS  # of c_vec, of c_ctxt
+        network = MMDiT(
+            recipe.depth, in_channels=3, patch_size=8, pos_embed_max_size=SIZE // 8,
+            context_dim=width, pooled_dim=channels, qk_norm=True,
+        )  # fmt: skip
+        network.null_cond = torch.zeros(WORDS, width), torch.zeros(channels)
         return network
 
     @classmethod
-    def encode(cls, spec, prompts, **how):
+    def encode(cls, spec, prompts, device="cpu", t5=True):
         return conditions_of(torch.tensor([row_of(prompt) for prompt in prompts])), None
 
     @classmethod
     def conditions(cls, spec, n, label=None, data=None, generator=None):
-        """Of drawn captions, half of them of unseen pairs."""
+        """The conditions of drawn captions; half of them name an unseen pair."""
         if label is not None:
             raise ValueError(f"--label {label}: this model takes a --prompt")
         halves = draw_rows(n - n // 2, generator), draw_rows(n // 2, generator, new=True)
         return conditions_of(torch.cat(halves))
 
     @classmethod
-    def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, **how) -> File:
-        """A sheet of pictures over their captions and what the reader sees where it differs (.png),
-        or arrays (.npz: arr_0 uint8 (n,H,W,3), then the conditions)."""
+    def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, seed=0, device="cpu") -> File:
+        """Write a sheet of pictures over their captions, with the reader's answer where it differs
+        (.png); or arrays (.npz: arr_0 uint8 (n,H,W,3), then the conditions)."""
         images = to_uint8(x0)
         if file.suffix == ".npz":
             np.savez(file, images, *(c.numpy() for c in cond))
             return file
-        captions, known = [], [*CAPTIONS]
-        for wanted, seen in zip(rows_of(cond[0]).tolist(), read(x0), strict=True):
-            right = CAPTIONS[known[wanted]] == CAPTIONS[seen]
-            new = " (unseen pair)" if NEW[wanted] else ""
-            captions.append(f"{known[wanted]}{new}\n{'right' if right else f'read as: {seen}'}")
-        draw_captioned(images, captions).save(file)
+        lines, known = [], [*CAPTIONS]
+        for row, seen in zip(rows_of(cond[0]).tolist(), read(x0), strict=True):
+            right = CAPTIONS[known[row]] == CAPTIONS[seen]
+            new = " (unseen pair)" if NEW[row] else ""
+            lines.append(f"{known[row]}{new}\n{'right' if right else f'read as: {seen}'}")
+        draw_captioned(images, lines).save(file)
         return file
 
     # ---- What a run shows
     @staticmethod
-    def right(model, n: int, new: bool = False, **how) -> dict[str, float]:
-        """The `verdicts` on samples of n held-out captions, seen or with unseen pairs."""
+    def right(model, n: int, new=False, *, steps: int, cfg=None) -> dict[str, float]:
+        """The `verdicts` on samples of n held-out captions, of seen pairs or with new ones."""
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
-        return verdicts(rows, model.draw(n, *conditions_of(rows), **how))
+        return verdicts(rows, model.draw(n, *conditions_of(rows), steps=steps, cfg=cfg))
 
-    def _both(self, model, steps: int) -> str:
+    def _seen_and_new(self, model, steps: int) -> str:
         seen, new = (self.right(model, 200, new, steps=steps) for new in (False, True))
         distance = (seen["distance"] + new["distance"]) / 2
         return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
@@ -307,19 +283,19 @@ class Shapes(Data):
         return {"right": self.right(model, 64, steps=max(10, model.objective.fewest))["all right"]}
 
     def report(self, model, out: File, teacher=None) -> None:
-        """At the end of a run: how often samples show their captions, and a sheet of them."""
+        """At the end of a run, print how often samples show their captions, and draw some."""
         steps = model.objective.fewest if teacher else 25
         guidance = (model.cfg, 1.0) if model.null_cond else (1.0,)
         if teacher:
             print("all right, of 200 captions of seen and 200 of unseen pairs; distance to the")
             print("nearest true picture (the mean rms, of pixels in [-1, 1]):")
-            self.compare(model, teacher, self._both, (1, 2, 4, 8, 50))
-        heads = "".join(f"{k:>12}" for k in (*KINDS, "distance"))
+            self.compare(model, teacher, self._seen_and_new, (1, 2, 4, 8, 50))
+        heads = "".join(f"{head:>12}" for head in (*ASPECTS, "distance"))
         print(f"{f'{steps} steps, 400 captions':24}{heads}")
         for cfg, new in itertools.product(guidance, (False, True)):
             shares = self.right(model, 400, new, steps=steps, cfg=cfg)
             name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
-            cells = "".join(f"{shares[kind]:12.1%}" for kind in KINDS)
+            cells = "".join(f"{shares[aspect]:12.1%}" for aspect in ASPECTS)
             print(f"{name:24}{cells}{shares['distance']:12.3f}")
         cond = self.conditions(self.spec(), 32, generator=seeded(0, 2, 1, HELD_OUT))
         x0 = model.draw(32, *cond, steps=steps)

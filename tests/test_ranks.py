@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import ROOT, run
+from ranks import TINY, quick
 
-import parallel
 import sample
-from mmdit import ClassMMDiT, MMDiT
+from data.labels import ClassMMDiT
+from data.latents import Latents
+from mmdit import MMDiT
 from toy2d import MLP
+from training import ranks as parallel
 
 
 def losses(out):
@@ -43,6 +48,28 @@ def test_shares_learn_what_replicas_learn(latents, tmp_path):
     assert "mmdit.pos_embed" in sample.read(shares / "ddp" / "checkpoint.pt")["network"]
     files = {file.name for file in (shares / "student").iterdir()}
     assert files >= {"checkpoint.pt", "delta.pt", "log.jsonl"}
+
+
+def test_a_killed_rank_ends_the_job_which_resumes(
+    latents, tmp_path, monkeypatch, kill_a_rank, own_process
+):
+    out, script = tmp_path / "killed", tmp_path / "train_latents.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import ranks\nranks.quick(ranks.Latents)\nranks.train.main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--dataset", "latents", "--data", str(latents), "--out", str(out), *TINY]
+    command = [*launch, str(script), *flags, "--shard", "--steps", "4000"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert job.poll() is None
+        time.sleep(0.05)
+    kill_a_rank(job)
+    step = sample.read(out / "checkpoint.pt")["step"]
+    quick(Latents, monkeypatch.setattr)
+    run(monkeypatch, *flags, "--steps", step + 10, "--resume", "--accumulate", 2)
+    assert sample.read(out / "checkpoint.pt")["step"] == step + 10
 
 
 @pytest.fixture
@@ -77,9 +104,8 @@ def test_shares_start_as_the_constructor_does(name, alone):
     assert all(torch.equal(w, again[key]) for key, w in state.items())
     other = {key: w + 1 for key, w in state.items()}
     sample.load_weights(shared, other, "elsewhere")
-    assert all(
-        torch.equal(w, other[key]) for key, w in parallel.gathered(shared.state_dict()).items()
-    )
+    now = parallel.gathered(shared.state_dict())
+    assert all(torch.equal(w, other[key]) for key, w in now.items())
     other.popitem()
     with pytest.raises(ValueError, match="elsewhere holds the weights of another network"):
         sample.load_weights(shared, other, "elsewhere")

@@ -1,10 +1,12 @@
-"""One run on the ranks of torchrun, each with its own rows of a step.
+"""One run on the ranks of torchrun, each with other rows of a step; and the device of a rank.
 
-Every rank has the whole network, and gradients are averaged (DDP); or, with --shard, its share of
-all weights, gradients, moments and averages (FSDP2), and a block's weights come together only while
-it computes. Both learn the same from the same draws and leave the same checkpoint."""
+Every rank has the whole network, and gradients are averaged (DDP). With --shard it has a share of
+all weights, gradients, moments and averages (FSDP2); a block's weights are whole only while it
+computes. Both learn the same from the same draws and leave the same checkpoint.
+Read next: `data/base.py`, what a run learns, or `train.py`, which calls all of this."""
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,24 +20,47 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from mmdit import JointBlock, MMDiT
-from options import ranks
+from mmdit import MMDiT
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of ranks), which torchrun sets. ValueError on what makes no sense."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if not (rank or world):
+        rank, world = "0", "1"
+    if not (str(rank).isdecimal() and str(world).isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world}: torchrun sets both")
+    return int(rank), int(world)
 
 
 def check_device(name: str | torch.device | None = None) -> torch.device:
-    """The device, or by default a GPU where there is one; each rank of torchrun has its own.
+    """The device of this name; by default a GPU where there is one, another one for each rank.
     ValueError where it is not there."""
     if torch.cuda.is_available() and name in (None, "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device).item()  # meta has no values
-    except Exception as error:  # of many kinds: hpu lacks a module
-        kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        good = ", ".join(["cpu"] + [kind for kind, there in kinds.items() if there])
+    except Exception as error:  # of many types: hpu lacks a module
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        good = ", ".join(["cpu", *(name for name in present if present[name])])
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"device {name!r} is not there ({reason}); choose from {good}") from None
     return device
+
+
+def check_memory(owner: str, size: int, device: torch.device, hint: str = "") -> None:
+    """Print how many bytes these weights take. ValueError where a GPU has less left."""
+    need = f"{owner}: {size / 2**30:.1f} GB on {device}"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if size > free:
+        raise ValueError(f"{need}, which has {free / 2**30:.1f} GB left{hint}")
+    print(need)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """For the network alone: coefficients of t, targets and the loss stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def join(device: torch.device) -> None:
@@ -45,7 +70,7 @@ def join(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # an hour, as the others wait while rank 0 evaluates, draws and saves
+    # an hour, as the other ranks wait while rank 0 evaluates, draws and saves
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
 
@@ -62,7 +87,7 @@ def leave() -> None:
 
 
 def replicated(model: nn.Module) -> nn.Module:
-    """The model, whole on each rank; or as it is where ranks share it, or where there is one."""
+    """The model, whole on each rank (DDP). It stays as it is if it is sharded, or on one rank."""
     if not dist.is_initialized() or is_sharded(model):
         return model
     warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -70,15 +95,28 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def add_up(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds up the gradients of all ranks: a step's last one does. Of
-    shared weights each one does, as a rank would have to hold whole gradients between them."""
+    """Say whether the next backward pass adds up the gradients of all ranks: the last one of a step
+    does. With --shard all do, because a rank has no room for whole gradients."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks of the MM-DiT, or DiT, that it is or holds. Another network has none."""
+    networks = [module for module in network.modules() if isinstance(module, MMDiT)]
+    return [block for mmdit in networks for block in mmdit.joint_blocks]
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile each block of an MM-DiT, in place. All but the last share one compiled code, so a
+    deep network starts in seconds, not in minutes. Any other network is compiled whole."""
+    for module in blocks_of(network) or [network]:
+        module.compile()
+
+
 # ---- A share of every weight on each rank
 def is_share(x: object) -> bool:
-    """Whether x is a DTensor, told by an attribute: its class would take long to import."""
+    """Whether x is a DTensor, by an attribute: its class takes long to import."""
     return hasattr(x, "full_tensor")
 
 
@@ -88,7 +126,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Networks that are built here have the shapes of their weights only; buffers are real."""
+    """Networks that are built in here have weights with a shape and no values; buffers are real."""
     meta = lambda module, name, w: w if w is None else nn.Parameter(w.to("meta"), w.requires_grad)
     hook = register_module_parameter_registration_hook(meta)
     try:
@@ -114,9 +152,8 @@ def sharded(
     )
     with on_meta():
         network = build()
-    for module in network.modules():
-        if isinstance(module, JointBlock):
-            fully_shard(module, mp_policy=policy)
+    for block in blocks_of(network):
+        fully_shard(block, mp_policy=policy)
     fully_shard(network, reshard_after_forward=True)
     network._apply(lambda w: torch.empty_like(w, device=device) if w.is_meta else w.to(device))
     if start is None:
@@ -140,7 +177,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def fill(layer: nn.Module, start: Callable[[], None]) -> None:
-    """start() on the whole weights of one layer, of which each rank then keeps its share."""
+    """Call start() with the whole weights of one layer; then each rank keeps its share of them."""
     shares = dict(layer.named_parameters(recurse=False))
     for name, w in shares.items():
         layer._parameters[name] = nn.Parameter(whole(w).cpu())
@@ -150,22 +187,22 @@ def fill(layer: nn.Module, start: Callable[[], None]) -> None:
         layer._parameters[name] = w
 
 
-def share(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, split as the other is, without asking other ranks."""
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, split like the other one, without asking other ranks."""
     if not is_share(like):
-        return whole
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    whole = whole.to(like.device, like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    tensor = tensor.to(like.device, like.dtype)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(shared: Tensor) -> Tensor:
-    """The whole of a tensor, which all ranks ask for together."""
-    return shared.full_tensor() if is_share(shared) else shared
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. All ranks call it together."""
+    return tensor.full_tensor() if is_share(tensor) else tensor
 
 
 def gathered(state: dict) -> dict:
-    """A state dict with whole tensors, on the CPU of rank 0; the others lend their shares to it."""
-    kept = lambda tensor: tensor.cpu() if ranks()[0] == 0 else None
-    return tree_map(lambda x: kept(whole(x)) if is_share(x) else x, state)
+    """A state dict with whole tensors, on the CPU of rank 0. All ranks call it together."""
+    on_rank_0 = lambda tensor: tensor.cpu() if ranks()[0] == 0 else None
+    return tree_map(lambda x: on_rank_0(whole(x)) if is_share(x) else x, state)

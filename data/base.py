@@ -1,0 +1,263 @@
+"""What a run asks of its data (`Data`), and what all pictures and latents share (`Dataset`).
+
+`train.py` and `sample.py` call the methods of `Data` and know nothing else of a data set. A new
+data set is a class like `data.cifar10.Cifar10` and a line in `training.checkpoint.DATASETS`. Batch
+n is a pure function of (seed, n, micro-batch), and every example comes once an epoch.
+Read next: `data/toy.py`, the smallest data set."""
+
+import functools
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.labels import ClassMMDiT
+from data.pictures import draw_sheet, to_uint8
+from rf import expand
+from training.options import Count
+
+NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
+CHECKPOINTED = 30  # networks this deep compute activations again, to need less memory
+
+
+def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Generator:
+    """The generator that draws `what` (NOISE, ...) in step or block n, micro-batch `micro`.
+    Its state is a hash of the four numbers. With their sum, seed 0 would draw in step 1 what seed 1
+    draws in step 0."""
+    numbers = [number & 0xFFFFFFFF for number in (seed, n, micro, what)]
+    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (n,) of the examples in this epoch."""
+    sequence = np.random.SeedSequence([seed & 0xFFFFFFFF, epoch])
+    return np.random.Generator(np.random.PCG64(sequence)).permutation(n)
+
+
+def network_shape(shape: Sequence[int], **changes) -> dict:
+    """The arguments of an MM-DiT for latents or pictures of this shape (C,H,W). ValueError where
+    they do not fit."""
+    channels, height, width = shape
+    size = min(256, max(height, width) // 2)
+    arguments = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
+    arguments |= changes
+    patch = arguments["patch_size"]
+    limit = patch * arguments["pos_embed_max_size"]
+    if height % patch or width % patch or max(height, width) > limit:
+        good = f"multiples of {patch} up to {limit}"
+        raise ValueError(f"latents of {height} x {width}: their sides are not {good}")
+    if channels != arguments["in_channels"]:
+        raise ValueError(f"latents have {channels} channels, not {arguments['in_channels']}")
+    return arguments
+
+
+class Data:
+    """What all data sets share. Each adds the rest, as `Dataset` and `toy.Toy` do: batch, held_out,
+    spec, report and, with nothing but a spec, network and write. `Options` are its flags. A spec is
+    a `Spec` as a dict: plain values, from which a network is built."""
+
+    @dataclass
+    class Spec:
+        """The shape of an example, the number of classes, and what else the class needs."""
+
+        shape: list[Annotated[Count, "", 1, 4096]]
+        classes: Annotated[int, "", 0, 100_000] = 0
+
+    recipe: ClassVar[dict] = {}  # what a fork changes in the `Recipe`, like a row of PRESETS,
+    distil: ClassVar[dict] = {}  # and in the recipe of its students
+    cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
+    null_cond: Sequence[Tensor] | None = None  # for a released network; ours take zeros
+    parts: ClassVar[list | None] = None  # what training drops together, see `drop`
+
+    @classmethod
+    def encode(cls, spec: dict, prompts: list[str], device="cpu", t5=True) -> tuple:
+        """(the conditions of these texts, null conditions or None to keep the network's)."""
+        raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
+
+    @classmethod
+    def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
+        """The conditions of n samples: one label, all labels in turn, or none without classes."""
+        classes = spec["classes"]
+        if label is not None and not 0 <= label < classes:
+            good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
+            raise ValueError(f"--label {label} is out of range; {good}")
+        labels = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
+        return [labels] if classes else []
+
+    def drop(self, cond: list[Tensor], null_cond, share: float, generator) -> list[Tensor]:
+        """Replace rows by the null condition, for classifier-free guidance: this share of them
+        loses all conditions. Each of n parts is dropped by itself, at the n-th root of the share.
+        (SD3 drops each of its three encoders at 46.4%, so a tenth of the examples has none.) A part
+        is a list of (condition, *slices of its axes); by default each condition is a part. A result
+        has the dtype of its null condition: text is stored in float16 and comes out in float32."""
+        parts = self.parts or [[(i,)] for i in range(len(cond))]
+        result = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
+        for part in parts:
+            u = torch.rand(len(cond[0]), generator=generator, device=generator.device)
+            dropped = u < share ** (1 / len(parts))
+            for i, *slices in part:
+                rows, null = result[i][(slice(None), *slices)], null_cond[i][tuple(slices)]
+                rows.copy_(torch.where(expand(dropped, rows), null, rows))
+        return result
+
+    def metrics(self, model) -> dict[str, float]:
+        """What the log and the bar show besides the losses."""
+        return {}
+
+    def preview(self, model, out: File) -> None:
+        """Draw a picture while the run goes on."""
+
+    @staticmethod
+    def compare(student, teacher, measure, counts=(1, 2, 4, 8, 16, 32, 100)) -> None:
+        """Print measure(model, steps) of both at equal numbers of evaluations."""
+        fewest = student.objective.fewest
+        print(f"{'evaluations':12}{'teacher':>28}{'student':>28}")
+        for n in sorted({fewest, *counts}):
+            cells = measure(teacher, n), measure(student, n) if n >= fewest else "-"
+            print(f"{n:<12}" + "".join(f"{cell:>28}" for cell in cells))
+
+
+class Dataset(Data):
+    """Images or latents in arrays: x0 (N,C,H,W) and no cond, labels (N,), or context (N,L,D) and
+    pooled (N,P). Training never sees the last `held_out` of `rows` (default: a twentieth of N)."""
+
+    @dataclass
+    class Options:
+        data: Annotated[str | None, "folder of the files"] = None
+
+    @dataclass
+    class Spec(Data.Spec):
+        names: list[str] | None = None
+        examples: int = 0  # by these two a resumed run finds out whether its data are the same
+        digest: int = 0
+
+        def __post_init__(self):
+            if self.names and len(self.names) != self.classes:
+                raise ValueError(f"{len(self.names)} names for {self.classes} classes")
+
+    def __init__(self, x0, *cond, names: list[str] | None = None, held_out=None, rows=None):
+        self.x0, self.cond, self.names = x0, cond, names
+        self.classes = (len(names) if names else int(cond[0].max()) + 1) if len(cond) == 1 else 0
+        rows = np.arange(len(x0)) if rows is None else rows
+        split = len(x0) - (max(1, len(x0) // 20) if held_out is None else held_out)
+        self.train_rows, self.held_out_rows = rows[:split], rows[split:]
+
+    def spec(self) -> dict:
+        shape = list(self.x0.shape[1:])
+        return asdict(self.Spec(shape, self.classes, self.names, len(self.x0), self.digest))
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """A checksum of 64 rows from the first to the last: cheap for any amount of data."""
+        rows, crc = np.linspace(0, len(self.x0) - 1, 64).astype(int), 0
+        for values in self.gather(rows):
+            crc = zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        return crc
+
+    def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
+        """The examples (size,) of micro-batch `micro` of `micros` in step n.
+        The steps walk along one permutation after the other: the next epoch fills the last partial
+        batch of an epoch."""
+        start, N = (n * micros + micro) * size, len(self.train_rows)
+        epoch, place = np.divmod(np.arange(start, start + size), N)
+        order = [permutation(N, seed, e)[place[epoch == e]] for e in np.unique(epoch).tolist()]
+        return self.train_rows[np.concatenate(order)]
+
+    def gather(self, rows: np.ndarray) -> list[Tensor]:
+        """[x0, *cond] on the CPU, as stored."""
+        return [torch.as_tensor(np.asarray(array[rows])) for array in (self.x0, *self.cond)]
+
+    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
+        """[x0, *cond] of these `rows`, on the device, as the network takes them."""
+        batch = self.gather(self.rows(seed, n, size, micro, micros))
+        if torch.device(device).type == "cuda":
+            batch = [x.pin_memory() for x in batch]
+        x0, *cond = (x.to(device, non_blocking=True) for x in batch)
+        return [self.prepare(x0, seeded(seed, n, micro, FLIPS, device)), *cond]
+
+    def held_out(self, n: int) -> list[Tensor]:
+        """[x0, *cond] of the first n held-out examples; of all, where there are fewer."""
+        x0, *cond = self.gather(self.held_out_rows[:n])
+        return [self.prepare(x0), *(c.float() if c.is_floating_point() else c for c in cond)]
+
+    @staticmethod
+    def prepare(x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x0 as stored -> float32, as the network takes it. With a generator it is augmented."""
+        return x0.float()
+
+    # ---- From a spec, without data: the network, and pictures of its samples
+    @classmethod
+    def network(cls, spec: dict, recipe) -> nn.Module:
+        """A new network that takes labels, with patches of 2 x 2."""
+        network = ClassMMDiT(spec["classes"], recipe.depth, **network_shape(spec["shape"]))
+        network.mmdit.checkpointing = recipe.depth >= CHECKPOINTED
+        return network
+
+    @classmethod
+    def images(cls, spec: dict, x0: Tensor, device="cpu") -> np.ndarray | None:
+        """x0 (n,C,H,W) as pictures, uint8 (n,H,W,3); None if this machine cannot make them."""
+        return to_uint8(x0)
+
+    @classmethod
+    def write(cls, spec, file: File, x0, *cond, columns=10, names=(), seed=0, device="cpu") -> File:
+        """Write a sheet of samples (.png), with a named row for each class if there are at most ten
+        equally frequent ones; or arrays (.npz) as the ADM evaluator reads them: arr_0 uint8
+        (n,H,W,3), then the conditions. Returns the file: without their VAE, latents are written as
+        they are, as .npz."""
+        images = cls.images(spec, x0, device)
+        if images is None:
+            images, file = x0.numpy(), file.with_suffix(".npz")
+        if file.suffix == ".npz":
+            np.savez(file, images, *(c.numpy() for c in cond))
+            return file
+        if spec["classes"] and cond:
+            images = images[cond[0].argsort(stable=True)]
+            labels, counts = cond[0].unique(return_counts=True)
+            if 1 < len(labels) <= 10 and len(counts.unique()) == 1:
+                columns = counts[0].item()
+                names = [spec["names"][k] if spec["names"] else str(k) for k in labels.tolist()]
+        draw_sheet(images, columns, names).save(file)
+        return file
+
+    # ---- What a run shows
+    def preview(self, model, out: File, steps: int = 50, cfg: float | None = None) -> None:
+        """Draw OUT/samples: eight of each of the first ten classes, or 80 (of held-out texts)."""
+        cond = self.held_out(80)[1:]
+        if self.classes:
+            cond = [torch.arange(min(10, self.classes)).repeat_interleave(8)]
+        steps = max(steps, model.objective.fewest)
+        x0 = model.draw(len(cond[0]) if cond else 80, *cond, steps=steps, cfg=cfg)
+        file = out / "samples.png"
+        self.write(self.spec(), file, x0, *cond, columns=8, device=model.device)
+
+    def report(self, model, out: File, teacher=None) -> None:
+        """At the end of a run, draw samples, with guidance if the model allows it. Then compare a
+        student with its teacher from the same noise: a row of pictures for each number of steps."""
+        cfg = 2.0 if model.null_cond else None
+        self.preview(model, out, model.objective.fewest if teacher else 50, cfg)
+        if not teacher:
+            return
+        x0, *cond = self.held_out(8)
+        samples_of = lambda sampler, n: sampler.draw(len(x0), *cond, steps=n, cfg=cfg)
+        best, rows = samples_of(teacher, 100), {"teacher": {}, "student": {}}
+
+        def measure(sampler, steps: int) -> str:
+            drawn_before = sampler is teacher and steps == 100
+            samples = best if drawn_before else samples_of(sampler, steps)
+            rows["student" if sampler is model else "teacher"][steps] = samples
+            return f"{(samples - best).square().mean().sqrt():.4f}"
+
+        print("rms distance to the teacher's samples in 100 evaluations, from the same noise:")
+        self.compare(model, teacher, measure)
+        for name, samples in rows.items():
+            labels = [f"{n} steps" if n > 1 else "1 step" for n in samples]
+            layout = dict(columns=len(best), names=labels, device=model.device)
+            self.write(self.spec(), out / f"{name}.png", torch.cat([*samples.values()]), **layout)
+        print(f"pictures: {out}/teacher, {out}/student, {out}/samples")

@@ -1,0 +1,104 @@
+"""Checkpoints are whole or not there, and one that is damaged or another's ends in one line."""
+
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_one_line, in_process
+
+import sample
+import train
+from data.base import Dataset
+from training.checkpoint import save, start_from
+from training.options import Recipe
+
+
+def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save(path, {"step": 1})
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(path, {"step": 2})
+    assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    finished, tmp_path, monkeypatch, capsys, own_process
+):
+    """A file-size limit below a checkpoint's stands for the disk: one line, and nothing is lost."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    before = (out / "checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        more = "--resume", "--out", out, "--steps", 600
+        done = in_process(train.main, more, tmp_path, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def write_damaged(folder: Path, whole: Path) -> dict[str, Path]:
+    files = {
+        name: folder / f"{name}.pt"
+        for name in ("truncated", "text", "empty", "bomb", "list", "other", "config", "old")
+    }
+    files["truncated"].write_bytes(whole.read_bytes()[:-2000])
+    files["text"].write_text("hello")
+    files["empty"].write_bytes(b"")
+    files["bomb"].write_bytes(pickle.dumps(Bomb()))
+    torch.save([1, 2], files["list"])
+    checkpoint = torch.load(whole)
+    torch.save({**checkpoint, "ema": {"weight": torch.zeros(1)}}, files["other"])
+    torch.save({**checkpoint, "config": {}}, files["config"])
+    old = {k: v for k, v in checkpoint["config"].items() if k not in ("objective", "beta2")}
+    torch.save(
+        {**checkpoint, "config": old | {"perflow": None, "betas": [0.9, 0.99]}}, files["old"]
+    )
+    return files
+
+
+def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
+    says = {
+        "other": "another network",
+        "config": "older version",
+        "list": "no config, ema, network, optimizer, step",
+    }
+    says["old"] = "it is of an older version: no"
+    for name, file in write_damaged(tmp_path, finished[0] / "checkpoint.pt").items():
+        done = in_process(sample.main, [file], tmp_path, monkeypatch, capsys)
+        assert_one_line(done, file.name, says.get(name, "damaged or no checkpoint"))
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "samples.png").exists()
+
+
+def test_weights_start_on_another_size():
+    """A position table of another length is the network's own; another width is not the network."""
+    torch.manual_seed(0)
+    build = lambda size, depth=1: Dataset.network(
+        dict(shape=[4, size, size], classes=2, context=None, pooled=None), Recipe(depth=depth)
+    )
+    small, large = build(8), build(16)
+    table = large.mmdit.pos_embed.clone()
+    start_from(large, small.state_dict(), "the small one")
+    assert torch.equal(large.mmdit.pos_embed, table)
+    assert torch.equal(large.mmdit.x_embedder.proj.weight, small.mmdit.x_embedder.proj.weight)
+    with pytest.raises(ValueError, match="the small one holds the weights of another network"):
+        start_from(build(8, depth=2), small.state_dict(), "the small one")
+    with pytest.raises(ValueError, match="the large one holds the weights of another network"):
+        sample.load_weights(small, large.state_dict(), "the large one")

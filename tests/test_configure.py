@@ -1,0 +1,169 @@
+"""From flags to a configuration: what does not go together ends in one line and leaves nothing."""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_one_line, command, in_process, run_together
+
+import sample
+import toy2d
+import train
+from data.toy import Toy
+from perflow import PeRFlow
+from training.configure import compared, configure
+from training.options import preset
+
+# ---- bad input: status 2 and one line that names the value and the choices
+
+BAD_TRAIN = [
+    (["--dataset", "mnist"], ["'mnist'", "toy2d"]),
+    (["--formulation", "ref"], ["'ref'", "rf/lognorm(m,s)"]),
+    (["--formulation", "rf/lognorm(0)"], ["'rf/lognorm(0)'", "rf/lognorm(m,s)"]),
+    (["--formulation", "rf/mode(3)"], ["1.7519", "s = 3"]),
+    (["--mixture", "rong"], ["'rong'", "ring, grid, spiral"]),
+    (["--mixture", "none.json"], ["none.json", "No such file"]),
+    (["--steps", "0"], ["--steps", "at least 1"]),
+    (["--steps", "-5"], ["--steps", "at least 1"]),
+    (["--batch-size", "0"], ["--batch-size: 0", "from 1 to 65,536"]),
+    (["--lr", "nan"], ["--lr: nan"]),
+    (["--lr", "-1"], ["--lr: -1"]),
+    (["--device", "tpu9"], ["'tpu9'", "cpu"]),
+    (["--device", "cuda:77"], ["'cuda:77'", "cpu"]),
+    (["--out", "/proc/nowhere"], ["/proc/nowhere"]),
+    (["--resume", "--out", "nothing"], ["nothing/checkpoint.pt", "No such file"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+    (["--shard"], ["--shard is for several ranks: torchrun --nproc_per_node"]),
+    (["--data", "cifar"], ["--data cifar needs --dataset cifar10 or --dataset latents"]),
+    (["--download"], ["--download needs --dataset cifar10"]),
+    (["--download", "--dataset", "cifar10"], ["--dataset cifar10 needs --data DIR"]),
+]
+
+
+@pytest.mark.parametrize("args, says", BAD_TRAIN, ids=lambda x: " ".join(x))
+def test_bad_input_to_train(args, says, tmp_path, monkeypatch, capsys):
+    assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), *says)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_bad_input_as_a_real_process(tmp_path):
+    commands = command("--dataset", "mnist"), command("none.pt", script="sample.py")
+    train, sample = run_together(*commands, cwd=tmp_path)
+    assert_one_line(train, "'mnist'")
+    assert_one_line(sample, "none.pt", "No such file")
+
+
+def test_perflow_errors_are_one_line(finished, tmp_path, monkeypatch, capsys):
+    teacher = finished[0] / "checkpoint.pt"
+    bad = torch.load(teacher)
+    bad["config"] |= {"objective": "perflow", **asdict(PeRFlow.Options())}
+    torch.save(bad, tmp_path / "student.pt")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for args, says in (
+        (["--perflow", teacher, "--mixture", "grid"], "--mixture grid differs from"),
+        (["--perflow", teacher, "--dataset", "cifar10"], "--dataset cifar10 differs from"),
+        (["--perflow", teacher, "--parameterization", "epsilon"], "predicts no eps"),
+        (["--perflow", teacher, "--guidance", "fixed"], "do not go together"),
+        (["--perflow", tmp_path / "student.pt"], "is itself a student"),
+        (["--perflow", "none.pt"], "No such file"),
+        (["--perflow", teacher, "--batch-size", "6"], "--batch-size 6 is no multiple of 4"),
+        (["--resume", "--out", finished[0], "--steps", "5"], "is at step 450 already"),
+        (["--windows", "4"], "--windows 4 needs --perflow TEACHER"),
+        (["--perflow", teacher, "--resume", "--out", finished[0]], "is no perflow student"),
+        (["--perflow", teacher, "--windows", "0"], "from 1 to 1,000"),
+    ):
+        assert_one_line(in_process(train.main, args, folder, monkeypatch, capsys), says)
+        assert list(folder.iterdir()) == []
+
+
+def test_a_taken_or_different_run_is_refused(finished, tmp_path, monkeypatch, capsys):
+    out, _ = finished
+    before = (out / "checkpoint.pt").read_bytes()
+    for args, says in (
+        (["--out", out], "holds a run already"),
+        (["--resume", "--out", out, "--lr", "0.5"], "--lr 0.5 differs"),
+        (["--resume", "--out", out, "--mixture", "grid"], "--mixture grid differs"),
+    ):
+        assert_one_line(in_process(train.main, args, tmp_path, monkeypatch, capsys), says)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_numbered_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def out():
+        with contextlib.ExitStack() as held:
+            return configure({}, held, sample.load)[1]
+
+    assert out() == Path("runs/toy2d")
+    Path("runs/toy2d").mkdir(parents=True)
+    (Path("runs/toy2d") / "checkpoint.pt").touch()
+    assert out() == Path("runs/toy2d-2")
+
+
+def test_a_start_may_have_other_data_of_the_same_shape_and_not_another_network(
+    finished, latents, tmp_path, monkeypatch, capsys, own_process
+):
+    monkeypatch.setattr(Toy, "report", lambda *args: 0)
+    checkpoint = finished[0] / "checkpoint.pt"
+    args = ["--init", checkpoint, "--conditional", "--steps", 1, "--batch-size", 32]
+    done = in_process(train.main, [*args, "--network", "mmdit"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "these data are not those of", "network differ")
+    distil = ["--perflow", checkpoint, "--mixture", "grid"]
+    run = in_process(train.main, distil, tmp_path, monkeypatch, capsys)
+    assert_one_line(run, "--mixture grid differs from")
+    turned = toy2d.load_mixture("ring").spec()
+    turned["means"] = [[-y, x + 0.1] for x, y in turned["means"]]
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--mixture", "turned.json"])
+    train.main()
+    assert sample.load(tmp_path / "runs/toy2d/checkpoint.pt").config["mixture"] == turned
+
+
+# ---- what a start keeps, and where the values come from
+
+
+@pytest.mark.parametrize(
+    "kept, spec, fault",
+    [
+        ("network", dict(shape=[4, 16, 16], classes=7), None),
+        ("network", dict(shape=[3, 8, 8]), "shape"),
+        ("network", dict(context=[8, 24]), "context"),
+        ("shape", dict(classes=7), "classes"),
+        ("shape", dict(shape=[4, 16, 16]), "shape"),
+        ("shape", dict(names=["a"]), None),
+        ("all", dict(names=["a"]), "names"),
+    ],
+)
+def test_what_a_start_keeps(kept, spec, fault):
+    known = dict(shape=[4, 8, 8], classes=3, context=None, pooled=None, names=None, released=None)
+    if fault:
+        with pytest.raises(ValueError, match=f"these data are not those of x: {fault} differ"):
+            compared(known | spec, known, "x", kept)
+    else:
+        assert compared(known | spec, known, "x", kept) == known | spec
+
+
+def composed(out, **given):
+    with contextlib.ExitStack() as held:
+        return configure(given | {"out": out}, held, sample.load)[0]
+
+
+def test_a_folder_named_as_a_preset_chooses_none(tmp_path):
+    """Only options that a row of the table names choose it, whatever a path says."""
+    plain = composed(tmp_path, dataset="latents", data="elsewhere")
+    assert plain.items() >= preset("latents").items()
+    for data in ("shapes", "toy2d", "student", "x --network mmdit", "a student --guidance fixed"):
+        assert composed(tmp_path, dataset="latents", data=data) == plain | {"data": data}
+
+
+def test_a_class_s_own_recipe_wins_over_the_table_and_flags_over_both(tmp_path, monkeypatch):
+    table = preset("toy2d --network mmdit")
+    monkeypatch.setattr(Toy, "recipe", dict(steps=7, lr=0.5))
+    config = composed(tmp_path, network="mmdit", lr=0.25)
+    assert config.items() >= (table | dict(steps=7, lr=0.25)).items()

@@ -1,0 +1,1 @@
+"""How a run is chosen, kept and spread over GPUs. Read first: `training/options.py`."""

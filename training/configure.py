@@ -1,0 +1,176 @@
+"""From the flags of a run to its configuration: plain values, which a checkpoint holds.
+
+It starts from what the data set and the objective prefer, or from the run that goes on, the teacher
+or the model to fine-tune; the flags come last. Here stand, too, the folder that a run takes and
+what may differ between a run and the one that it starts from. Read next: `train.py`."""
+
+import argparse
+import contextlib
+import itertools
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path as File
+
+from training.checkpoint import DATASETS, OBJECTIVES, digest, read
+from training.folder import locked
+from training.options import PRESETS, Parser, Recipe, names, pick, preset
+from training.ranks import ranks
+
+MAY_CHANGE = {"steps", "accumulate", "compile", "data", "download"}  # when a run is resumed
+OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights keeps
+
+
+def make_parser(description: str) -> Parser:
+    """The flags of train.py, and beneath them the whole table of defaults."""
+    rows = {"every run": vars(Recipe()), **PRESETS}
+    lines = [
+        textwrap.fill(f"{row}: {', '.join(f'{k} {v}' for k, v in values.items())}", 100,
+                      subsequent_indent="    ")
+        for row, values in rows.items()
+    ]  # fmt: skip
+    epilog = "\n".join(["defaults, and what a data set, an option or a student changes:", *lines])
+    layout = argparse.RawDescriptionHelpFormatter
+    # two data sets may share a flag
+    parser = Parser(None, None, description, epilog, [], layout, conflict_handler="resolve")
+    add = parser.add_argument
+    add("--dataset", help=f"one of {', '.join(DATASETS)} (default: toy2d)")
+    for name in OBJECTIVES:
+        add(f"--{name}", metavar="TEACHER", help=f"train a {name} student of this checkpoint")
+    add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
+    add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
+    add("--resume", action="store_true", default=None, help="go on with --out, or the last run")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--shard", action="store_true", default=None,
+        help="torchrun's ranks share weights and optimizer (FSDP2)")  # fmt: skip
+    parser.add_options(Recipe, "the loop", defaults=False)
+    for flag, table in (("--dataset {}", DATASETS), ("--{} TEACHER", OBJECTIVES)):
+        for name, entry in table.items():
+            parser.add_options(entry.Options, flag.format(name))
+    return parser
+
+
+def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
+    """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags
+    that were given. load(model, device) reads a teacher or the model to fine-tune. The folder is
+    locked until `held` is closed. ValueError on bad flags."""
+    objective = next((name for name in OBJECTIVES if name in given), None)
+    teacher, init, resume = given.get(objective), given.get("init"), bool(given.get("resume"))
+    if init and (teacher or resume):
+        raise ValueError(f"--init {init} is for a new run that is no student's")
+    # where it starts from
+    origin, start = teacher or init, None
+    if origin:
+        start = load(origin, given.get("device"))
+    known = start.config if start else {}
+    if known.get("objective"):
+        raise ValueError(f"{origin} is itself a student; take its teacher")
+    # its folder
+    not_kept = ("out", "resume", "device", "init", "shard", objective)
+    flags = {key: value for key, value in given.items() if key not in not_kept}
+    data_set, checkpoint = flags.get("dataset", known.get("dataset", "toy2d")), None
+    default = f"{data_set}-{objective}" if objective else data_set
+    out = choose(given.get("out"), default, resume, held)
+    # what it goes on with
+    if resume:
+        checkpoint, origin = read(out / "checkpoint.pt"), f"the run in {out}"
+        known = checkpoint["config"]
+        if teacher and known["objective"] != objective:
+            raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
+        if flags.get("steps", known["steps"]) < checkpoint["step"]:
+            at = f"{out} is at step {checkpoint['step']} already"
+            raise ValueError(f"--steps {flags['steps']}: {at}")
+        data_set, objective = flags.get("dataset", known["dataset"]), known["objective"]
+        teacher = teacher or known["teacher"]
+        if teacher and not start:
+            start = load(teacher, given.get("device"))
+    config = compose(flags, data_set, objective, known, origin, resume)
+    weights = digest(start.network) if teacher else None
+    if resume and weights != known.get("teacher_digest"):
+        raise ValueError(f"{teacher} has other weights than the teacher of {origin}")
+    return config | {"teacher": teacher, "teacher_digest": weights}, out, checkpoint, start
+
+
+def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitStack) -> File:
+    """The run's folder, locked until `held` is closed: --out, or runs/DEFAULT, which is numbered.
+    To go on with, it is the last one that holds a run; for a new run, the first free one."""
+    numbered = lambda n: File("runs") / (default if n == 1 else f"{default}-{n}")
+    holds_run = lambda folder: (folder / "checkpoint.pt").exists()
+    free = next(n for n in itertools.count(1) if not holds_run(numbered(n)))
+    if resume and not out:
+        out = numbered(max(1, free - 1))
+    for n in itertools.count(free):
+        folder = out or numbered(n)
+        if ranks()[0] > 0:
+            return folder  # rank 0 holds it for all
+        try:
+            held.enter_context(locked(folder))
+            if holds_run(folder) and not resume:
+                taken = "holds a run already: --resume it, or take another --out"
+                raise BlockingIOError(f"--out {folder} {taken}")
+            return folder
+        except BlockingIOError:
+            if out:
+                raise
+
+
+def compose(
+    flags: dict, data_set: str, objective: str | None, known: dict, origin: str, resume: bool
+) -> dict:
+    """The configuration as plain values: the fields of Recipe and of both Options, dataset,
+    objective and spec. `known` are the values of its origin: the run that is resumed, a student's
+    teacher, or the model that is fine-tuned, of which only the network's are kept. The rows of
+    `PRESETS` change them, then the flags. ValueError names a flag that may not change them."""
+    if data_set not in DATASETS:
+        raise ValueError(f"unknown data set {data_set!r}; choose from {', '.join(DATASETS)}")
+    data_class, student_class = DATASETS[data_set], OBJECTIVES.get(objective)
+    options = asdict(pick(data_class.Options, known | flags))
+    if student_class:
+        options |= asdict(pick(student_class.Options, known | flags))
+    said = [f"--{key} {value}" for key, value in options.items()]
+    words = [data_set, *(word for word in said if any(word in row for row in PRESETS))]
+    if resume:
+        values, fixed = known, known.keys() - MAY_CHANGE
+    elif student_class:
+        values = known | preset(" ".join([*words, "student"])) | data_class.distil
+        fixed = OF_NETWORK | {"shift"} | names(data_class.Options) - MAY_CHANGE
+    else:
+        kept = {key: known[key] for key in (OF_NETWORK | {"shift"}) & known.keys()}
+        values, fixed = preset(" ".join(words)) | data_class.recipe | kept, OF_NETWORK
+    config = asdict(pick(Recipe, values | flags)) | options
+    config |= dict(dataset=data_set, objective=objective, spec=known.get("spec"))
+    for flag, value in flags.items():
+        shown = f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}")
+        if flag not in config:
+            owners = [f"--dataset {n}" for n, d in DATASETS.items() if flag in names(d.Options)]
+            owners += [f"--{n} TEACHER" for n, o in OBJECTIVES.items() if flag in names(o.Options)]
+            raise ValueError(f"{shown} needs {' or '.join(owners)}")
+        if known and flag in fixed and config[flag] != known[flag]:
+            raise ValueError(f"{shown} differs from {origin}, which has {str(known[flag])[:80]}")
+    return config
+
+
+def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
+    """The spec of the data, after a comparison with the one of the run's origin. `agree` says what
+    must be equal: "all" of it (resume); the "shape" and the classes (a teacher's); what the
+    "network" is built of (--init), whose classes and sizes may be others. A released network takes
+    any size, and its shape is kept. ValueError names what differs."""
+    known = known or spec
+    released = known.get("released")
+    if "released" in spec:
+        spec = spec | {"released": released}
+    keys = {"context", "pooled", "network"}
+    if agree == "shape" and not released:
+        keys |= {"shape"}
+    if agree == "shape":
+        keys |= {"classes"}
+    if released:
+        keys -= {"context"}
+    differ = [
+        key for key in spec if spec[key] != known.get(key) and (agree == "all" or key in keys)
+    ]
+    if agree == "network" and not released and spec["shape"][0] != known["shape"][0]:
+        differ.append("shape")
+    if differ:
+        raise ValueError(f"these data are not those of {origin}: {', '.join(differ)} differ")
+    return spec
