@@ -185,8 +185,8 @@ class Toy(Data):
             share = number(gain / gap if gap else math.nan, ".1%")
             print(f"4-step gap (the teacher's 4 steps less its 100) closed: {share}")
         _, labels, noise, _ = reference(self.mixture, 0, 10_000, self.conditional)
-        labels, edges = [labels] if self.conditional else [], flow.grid(flow.fewest).float()
-        cond, cond_of_walks = ([c[:n] for c in labels] for n in (2000, 24))
+        cond = [labels[:2000]] if self.conditional else []
+        cond_of_walks, edges = [c[:24] for c in cond], flow.grid(flow.fewest).float()
         a, b, _, _ = (c[:, None, None] for c in flow.path.coefficients(edges))
         steps = f"{flow.fewest} steps" if flow.fewest > 1 else "1 step"
         for name, v in (("teacher", flow.teacher), ("student", flow.velocity(student.guided()))):

@@ -31,7 +31,7 @@ def multistep(field: Field, z: Tensor, times: Tensor, solver: str) -> Tensor:
     """The first-order step a x0_hat + b eps_hat from t to s, corrected by the slope of one end
     since the last evaluation.
     deis (Zhang & Chen 2022, tAB1): eps_hat is linear in t, in the exact integral of the equation.
-    dpm (DPM-Solver++(2M), Lu et al. 2022): x0_hat is linear in lambda/2; the step takes its middle.
+    dpm (DPM-Solver++(2M), Lu et al. 2022): x0_hat is linear in lambda/2, and taken in mid-step.
     At t = 1 and 0 lambda is infinite and has no slope: the first two steps and the last one are of
     first order."""
     last = None

@@ -102,3 +102,17 @@ def test_weights_start_on_another_size():
         start_from(build(8, depth=2), small.state_dict(), "the small one")
     with pytest.raises(ValueError, match="the large one holds the weights of another network"):
         sample.load_weights(small, large.state_dict(), "the large one")
+
+
+def test_an_old_student_gets_one_line(finished, tmp_path, monkeypatch, capsys):
+    """Its clock had a gap, which no student has now. An old teacher, which had none, loads."""
+    content = torch.load(finished[0] / "checkpoint.pt")
+    old = dict(windows=4, evaluations=32, parameterization="velocity", guidance="sync")
+    old |= dict(teacher_cfg=1.0, edge_share=0.5, clock_gap=0.25, reuse=4, method="heun")
+    config = content["config"] | old | {"objective": "perflow", "teacher": "t.pt"}
+    torch.save(content | {"config": config}, tmp_path / "old.pt")
+    done = in_process(sample.main, ["old.pt"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "old.pt", "of another version: it has clock_gap, edge_share")
+    del content["config"]["teacher_digest"]  # checkpoints of older versions have none
+    torch.save(content, tmp_path / "teacher.pt")
+    assert sample.load(tmp_path / "teacher.pt").step == content["step"]

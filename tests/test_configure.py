@@ -15,8 +15,9 @@ import toy2d
 import train
 from data.toy import Toy
 from perflow import PeRFlow
-from training.configure import compared, configure
-from training.options import preset
+from rf import formulation
+from training.configure import compared, compose, configure, make_parser
+from training.options import PRESETS, Recipe, preset
 
 # ---- bad input: status 2 and one line that names the value and the choices
 
@@ -167,3 +168,37 @@ def test_a_class_s_own_recipe_wins_over_the_table_and_flags_over_both(tmp_path, 
     monkeypatch.setattr(Toy, "recipe", dict(steps=7, lr=0.5))
     config = composed(tmp_path, network="mmdit", lr=0.25)
     assert config.items() >= (table | dict(steps=7, lr=0.25)).items()
+
+
+def test_help_prints_the_whole_table_of_defaults(capsys):
+    """Each row of PRESETS with each of its values, and every default of a Recipe."""
+    parser = make_parser("")
+    shown = " ".join(parser.format_help().split())
+    for row, values in {"every run": asdict(Recipe()), **PRESETS}.items():
+        assert f"{row}: " + ", ".join(f"{key} {value}" for key, value in values.items()) in shown
+
+
+def test_a_students_configuration_says_what_the_table_says(finished):
+    """Its teacher's values, the rows of students, the flags; fixed guidance drops nothing."""
+    teacher = sample.load(finished[0] / "checkpoint.pt").config
+    for flags, changes in (
+        ({}, preset("toy2d student")),
+        ({"guidance": "fixed", "teacher_cfg": 2.0}, preset("toy2d student") | {"dropout": 0.0}),
+        ({"lr": 8e-3, "times": 8}, preset("toy2d student") | {"lr": 8e-3}),
+    ):
+        config = compose(flags, "toy2d", "perflow", teacher, "the teacher", resume=False)
+        expected = asdict(Recipe(**{k: teacher[k] for k in asdict(Recipe())} | changes))
+        assert {key: config[key] for key in expected} == expected
+        assert config["times"] == flags.get("times", 4) and config["evaluations"] == 8
+
+
+@pytest.mark.parametrize("windows, evaluations", [(1, 32), (2, 16), (3, 11), (4, 8)])
+def test_evaluations_are_of_one_window(windows, evaluations):
+    """By default 32 from t = 1 to 0; the class counts what the flag counts."""
+    options = PeRFlow.Options(windows=windows)
+    assert options.evaluations == evaluations
+    objective = PeRFlow.of(formulation("rf"), options, lambda cfg: lambda z, t: z)
+    asked = []
+    objective.teacher = lambda z, t: (asked.append(t), z)[1]
+    objective.solve_window(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1))
+    assert len(asked) == 2 * -(-evaluations // 2)  # whole steps of Heun, of two each

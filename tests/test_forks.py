@@ -1,8 +1,10 @@
 """Four forks, as a stranger would write them: a class and a line in a table. They are the measure
 of the house: A a data set, B a formulation, C an objective with a moving target, D library use."""
 
+import ast
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -283,6 +285,31 @@ def test_d_as_a_library(tmp_path, monkeypatch):
             sampler.sample(noise, labels[:9], **some), again.sample(noise, labels[:9], **some)
         )
     assert again.objective.name == objective.name and again.step == 200
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = [block.split("```")[0] for block in README.split("```python\n")[1:]]
+
+
+def test_d_the_readmes_library_example_runs_as_it_stands():
+    """In a namespace of its own; its samples have the mean of its data."""
+    (example,) = [block for block in BLOCKS if "class Own" in block]
+    names = {}
+    torch.manual_seed(0)
+    exec(example, names)
+    assert names["x"].shape == (100, 4)
+    assert (names["x"].mean(0) - names["x0"].mean(0)).abs().max() < 0.5
+
+
+def test_d_the_readmes_dozen_lines_are_those_that_open_rf():
+    (shown,) = [block for block in BLOCKS if "rectified_flow_loss" in block]
+    source = {f.name: f for f in ast.parse(Path(rf.__file__).read_text()).body
+              if isinstance(f, ast.FunctionDef)}  # fmt: skip
+    names = [*source][:2]
+    for function, name in zip(ast.parse(shown).body, names, strict=True):
+        del source[name].body[0]  # the docstring
+        assert ast.dump(function) == ast.dump(source[name])
+    assert len([line for line in shown.splitlines() if line]) <= 14
 
 
 def test_d_the_exact_field_takes_a_number_as_t():

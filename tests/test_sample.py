@@ -11,9 +11,11 @@ from helpers import assert_one_line, in_process
 from PIL import Image
 
 import sample
+from data.shapes import Shapes
 from perflow import PeRFlow
-from rf import solve
+from rf import formulation, solve
 from training.checkpoint import save
+from training.options import Recipe, preset
 
 
 @pytest.fixture
@@ -145,3 +147,19 @@ def test_draw_seeds_objectives_that_draw_in_sampling(sampler, monkeypatch):
     assert torch.equal(once, again) and not torch.equal(once, other)
     noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(once, noise)  # the fresh noise is not the starting noise
+
+
+def test_prompts_in_a_notebook(finished):
+    """Of a model with text `encode` gives its conditions; any other says that it takes none."""
+    data = Shapes(Shapes.Options())
+    recipe = Recipe(**preset("shapes") | dict(depth=1))
+    config = vars(recipe) | dict(dataset="shapes", spec=data.spec())
+    sampler = sample.Sampler(Shapes.network(data.spec(), recipe), formulation("rf"), config)
+    cond = sampler.encode(["a red circle", "a blue cross"])
+    assert [c.shape[0] for c in cond] == [2, 2]
+    x0 = sampler.sample(torch.randn(2, 3, 32, 32), *cond, steps=1, cfg=3.0)
+    assert x0.shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="this model takes no text"):
+        sample.load(finished[0] / "checkpoint.pt").encode(["a red circle"])
+    with pytest.raises(ValueError, match="a network of one's own"):
+        sample.Sampler(torch.nn.Linear(1, 1), formulation("rf")).encode(["a red circle"])

@@ -60,12 +60,28 @@ def test_guided_samples_equal_the_pipelines(sd3_folder, pipeline, monkeypatch, t
     spec = sampler.config["spec"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cond, sampler.network.null_cond = Latents.encode(spec, prompts, t5=t5)
+        cond = sampler.encode(prompts, t5=t5)
     x0 = sampler.sample(noise, *cond, times=pipeline.scheduler.sigmas, cfg=5.0)
     close(x0, latent, 1e-4)
     ours = Latents.images(spec, x0).astype(int)
     assert np.abs(ours - np.round(255 * pictures)).max() <= 1
     assert (ours == np.round(255 * pictures)).mean() > 0.99
+
+
+def test_guidance_of_a_released_model_needs_an_encoded_prompt(sd3_folder):
+    """In a notebook, too, it pushes away from the encoding of no text, never from zeros."""
+    sampler = sample.load(sd3_folder)
+    empty = Latents.encode(sampler.config["spec"], ["a cube", ""])[0]
+    noise, cond = torch.randn(1, 4, 8, 8), [c[:1] for c in empty]
+    assert sampler.sample(noise, *cond, steps=2).isfinite().all()
+    with pytest.raises(ValueError, match="guided away from no text, which `encode` of a prompt"):
+        sampler.sample(noise, *cond, steps=2, cfg=5.0)
+    assert all(torch.equal(*pair) for pair in zip(sampler.encode(["a cube"]), cond, strict=True))
+    for null, c in zip(sampler.null_cond, empty, strict=True):
+        assert torch.equal(null, c[1]) and null.any()
+    guided = sampler.sample(noise, *cond, steps=2, cfg=5.0)
+    sampler.network.null_cond = tuple(torch.zeros_like(c[0]) for c in cond)
+    assert (sampler.sample(noise, *cond, steps=2, cfg=5.0) - guided).abs().max() > 1e-3
 
 
 def test_our_grid_is_uniform_and_shifted_once(sd3_folder, pipeline):
