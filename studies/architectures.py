@@ -1,4 +1,4 @@
-"""SD3's figure 4 on shapes: MM-DiT against DiT, CrossDiT and UViT, and what each text path is for.
+"""SD3's figure 4 on shapes: MM-DiT against three DiTs, and what each of its two texts is for.
 
     python -m studies.architectures       70 minutes on two cores
 
@@ -6,9 +6,10 @@ All have the same data, draws, steps and learning rate. At equal depth MM-DiT ha
 weights of a DiT, so the table has the others at a depth of equal weights, too, and says what a step
 costs. The exact reader judges samples of captions whose pairs were seen in training, or not."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -29,7 +30,7 @@ from training.folder import training_flops
 from training.options import Count, Recipe, command, preset
 
 
-# ---- The rivals of section 5.2: each has MM-DiT's embeddings, adaLN and final layer
+# ---- The rivals: each has MM-DiT's embeddings, adaLN and final layer
 class CrossBlock(StreamBlock):
     """Self-attention over the image, cross-attention to the text, MLP. The text stays as it is."""
 
@@ -60,9 +61,10 @@ class CrossDiT(MMDiT):
             nn.init.zeros_(block.proj.weight)
 
 
-class UViT(MMDiT):
-    """One sequence of text and image tokens, and long skips from each block of the first half to
-    its mirror image. They start at zero, so a new network is a DiT."""
+class SkipDiT(MMDiT):
+    """A DiT with long skips from each block of the first half to its mirror image, which start at
+    zero. It is neither SD3's UViT, a U-Net with a transformer in it, nor that of Bao et al., which
+    concatenates its skips."""
 
     def __init__(self, depth: int, **shape):
         super().__init__(depth, **shape, shared=True)
@@ -85,13 +87,12 @@ class UViT(MMDiT):
 
 
 def half_blind(part: str) -> type[MMDiT]:
-    """An MM-DiT that is shown zeros for one of its two texts."""
+    """An MM-DiT that sees this one of its two texts, and zeros for the other."""
 
     class HalfBlind(MMDiT):
         def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-            if part == "context":
-                return super().forward(x, t, context, 0 * pooled)
-            return super().forward(x, t, 0 * context, pooled)
+            texts = (context, 0 * pooled) if part == "context" else (0 * context, pooled)
+            return super().forward(x, t, *texts)
 
     return HalfBlind
 
@@ -100,67 +101,67 @@ NETWORKS = {
     "MM-DiT": MMDiT,
     "DiT": partial(MMDiT, shared=True),
     "CrossDiT": CrossDiT,
-    "UViT": UViT,
+    "DiT with skips": SkipDiT,
     "MM-DiT, c_ctxt alone": half_blind("context"),
     "MM-DiT, c_vec alone": half_blind("pooled"),
 }
-VARIANTS = [(name, 4) for name in NETWORKS] + [("DiT", 5), ("CrossDiT", 5), ("UViT", 5)]
-POINTS = 10  # of the curves
-RIGHT = ("all right", "shapes")  # two of the reader's verdicts
+VARIANTS = [(name, 4) for name in NETWORKS]
+VARIANTS += [(name, 5) for name in ("DiT", "CrossDiT", "DiT with skips")]
+VERDICTS = [*itertools.product(("seen", "unseen"), ("all right", "shapes"))]
+POINTS = 10  # of a curve
 
 
 # ---- A run: train, and look at the average of the weights ten times on the way
 def network_of(name: str, depth: int) -> nn.Module:
     """As `Shapes.network`, with another class."""
     model = Shapes.network({}, Recipe(depth=1))
+    context_dim, pooled_dim = (c.shape[-1] for c in model.null_cond)
     network = NETWORKS[name](
-        depth,
-        in_channels=3,
-        patch_size=model.patch_size,
+        depth, in_channels=3, patch_size=model.patch_size,
         pos_embed_max_size=model.pos_embed_max_size,
-        context_dim=model.null_cond[0].shape[-1],
-        pooled_dim=model.null_cond[1].shape[-1],
-        qk_norm=True,
-    )
+        context_dim=context_dim, pooled_dim=pooled_dim, qk_norm=True,
+    )  # fmt: skip
     network.null_cond = model.null_cond
     return network
 
 
-def trained(job: tuple[str, int, int], steps: int, judged: int = 400) -> dict:
-    """The run (network, depth, seed): validation loss over steps and over seconds of training,
-    then how often samples are right, of seen and of unseen pairs, at guidance 3."""
-    torch.set_num_threads(1)
-    name, depth, seed = job
-    data, curve, spent = Shapes(Shapes.Options()), [], 0.0
+def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> dict:
+    """The validation loss over steps and over seconds of training, then how often samples are
+    right, of seen and of unseen pairs, at guidance 3."""
+    data, curve = Shapes(Shapes.Options()), []
     recipe = Recipe(**preset("shapes") | dict(depth=depth, steps=steps, seed=seed))
     torch.manual_seed(seed)
     objective, state = formulation(recipe.formulation), State(network_of(name, depth), recipe)
     sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
     held_out = data.held_out(recipe.validation)
 
-    def look() -> None:
-        loss = validation_loss(objective.field(sampler.guided()), objective, *held_out)
-        curve.append((state.step, spent, loss))
-
     def watched(stream: Iterator) -> Iterator:
-        nonlocal spent
+        """The batches; a step of training lasts until the next one is asked for."""
+        seconds = 0.0
         for batch in stream:
             start = time.perf_counter()
             yield batch
-            spent += time.perf_counter() - start
-            if state.step % (steps // POINTS) == 0:
-                look()
+            seconds += time.perf_counter() - start
+            if state.step % (steps // POINTS) == 0 or state.step == steps:
+                field = objective.field(sampler.guided())
+                curve.append((state.step, seconds, validation_loss(field, objective, *held_out)))
 
     stream = batches(data, objective, recipe, state.network.null_cond)
-    train(state, objective, watched(stream), recipe)
+    watched_stream = watched(stream)
+    train(state, objective, watched_stream, recipe)
+    next(watched_stream)  # the last step ends
     stream.close()
-    look()
-    right = {}
-    for pairs, new in (("seen", False), ("unseen", True)):
-        right[pairs] = data.right(sampler, judged, new, steps=25, cfg=3.0)
+    right = lambda new: data.right(sampler, judged, new, steps=25, cfg=3.0)
     flops = recipe.batch_size * training_flops(state.network, *held_out)
     size = sum(p.numel() for p in state.network.parameters())
-    return dict(job=job, steps=steps, curve=curve, flops=flops, parameters=size, **right)
+    return dict(curve=curve, flops=flops, parameters=size, seen=right(False), unseen=right(True))
+
+
+def network_runs(variants: Sequence[tuple], seeds: int, steps: int, out: File) -> list[dict]:
+    """The runs of these (network, depth)."""
+    jobs = [(*variant, seed) for seed in range(seeds) for variant in variants]
+    keys = {"curve", "flops", "parameters", "seen", "unseen"}
+    return run_missing(out, jobs, trained, steps, keys)
 
 
 # ---- The table and the picture
@@ -177,28 +178,25 @@ def loss_at(run: dict, step: float) -> float:
 
 def table(runs: list[dict]) -> str:
     heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
-    heads += [f"{pairs}: {what}" for pairs in ("seen", "unseen") for what in RIGHT]
-    rows = [heads]
-    groups = {v: [r for r in runs if tuple(r["job"][:2]) == v] for v in VARIANTS}
+    rows = [heads + [f"{pairs}: {what}" for pairs, what in VERDICTS]]
+    groups = {v: [run for run in runs if tuple(run["job"][:2]) == v] for v in VARIANTS}
     fastest = min(map(pace, groups.values()))
     for (name, depth), seeds in groups.items():
-        cells = [f"{name}, depth {depth}", f"{seeds[0]['parameters'] / 1e6:.1f}M"]
-        cells.append(f"{1e3 * pace(seeds):.0f}")
-        cells.append(mean_and_error([run["curve"][-1][2] for run in seeds], ".4f"))
         step = seeds[0]["steps"] * fastest / pace(seeds)
-        cells.append(mean_and_error([loss_at(run, step) for run in seeds], ".4f"))
-        for pairs in ("seen", "unseen"):
-            cells += [mean_and_error([run[pairs][what] for run in seeds], ".1%") for what in RIGHT]
-        rows.append(cells)
+        losses = [run["curve"][-1][2] for run in seeds], [loss_at(run, step) for run in seeds]
+        shares = [[run[pairs][what] for run in seeds] for pairs, what in VERDICTS]
+        cells = [f"{name}, depth {depth}", f"{seeds[0]['parameters'] / 1e6:.1f}M"]
+        cells += [f"{1e3 * pace(seeds):.0f}", *(mean_and_error(x, ".4f") for x in losses)]
+        rows.append(cells + [mean_and_error(x, ".1%") for x in shares])
     return markdown(*rows)
 
 
 def draw(runs: list[dict]):
     """The curves of equal depth, averaged over seeds: log10 of the loss over the share of steps."""
     curves = {}
-    for name in NETWORKS:
-        seeds = [run["curve"] for run in runs if run["job"][:2] == [name, VARIANTS[0][1]]]
-        y = torch.tensor([[loss for _, _, loss in curve] for curve in seeds]).log10().mean(0)
+    for name, depth in VARIANTS[: len(NETWORKS)]:
+        seeds = [run["curve"] for run in runs if run["job"][:2] == [name, depth]]
+        y = torch.tensor(seeds)[..., 2].log10().mean(0)
         curves[name] = torch.arange(1, len(y) + 1) / len(y), y
     span = span_of([y[1:] for _, y in curves.values()])
     return plot(curves, "log10 validation loss, over the share of the steps", *span)
@@ -210,25 +208,15 @@ def span_of(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     return math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
 
 
-def study(
-    variants: list[tuple[str, int]], seeds: int, steps: int, out: File,
-    report: Callable, draw: Callable, name: str,
-) -> None:  # fmt: skip
-    """Make the runs of these (network, depth), print their table and draw OUT/NAME.png."""
-    jobs = [(*variant, seed) for seed in range(seeds) for variant in variants]
-    keys = {"curve", "flops", "parameters", "seen", "unseen"}
-    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
-    print(report(runs))
-    draw(runs).save(out / f"{name}.png")
-    print(f"\nwrote {out}/{name}.png")
-
-
 def run(
     seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    study(VARIANTS, seeds, steps, out, table, draw, "architectures")
+    runs = network_runs(VARIANTS, seeds, steps, out)
+    print(table(runs))
+    draw(runs).save(out / "architectures.png")
+    print(f"\nwrote {out}/architectures.png")
 
 
 if __name__ == "__main__":

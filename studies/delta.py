@@ -18,11 +18,10 @@ import torch
 
 import perflow
 from data.toy import Toy
-from rf import formulation
 from sample import Sampler
-from studies.runs import learned, markdown, mean_and_error, run_missing
+from studies.runs import learned, markdown, mean_and_error, run_missing, toy_model
 from toy2d import GaussianMixture, load_mixture, yardsticks
-from training.options import Count, Recipe, command, pick, preset
+from training.options import Count, Recipe, command, pick
 
 CHANGES = {"5°": (5, 0), "10°": (10, 0), "22.5°": (22.5, 0), "moved 0.3": (0, 0.3)}
 STUDENTS = {  # learning rate, steps, batch size
@@ -47,39 +46,32 @@ def fine_tuned(teacher: Sampler, data: Toy, steps: int, seed: int = 0) -> Sample
     return learned(teacher, data, teacher.objective, pick(Recipe, teacher.config | changes))
 
 
-def trained(job: tuple[str, int], steps: int) -> dict:
+def trained(mixture: str, seed: int, steps: int) -> dict:
     """All of one seed: {student: |Delta W|/|W|, the student's energy, and the factor by which its
     Delta W lowers that of each change}. `steps` are those of fine-tuning."""
-    torch.set_num_threads(1)
-    mixture, seed = load_mixture(job[0]), job[1]
-    data = Toy(Toy.Options(mixture.spec()))
-    recipe = Recipe(**preset("toy2d") | {"seed": seed})
-    teacher = learned(None, data, formulation(recipe.formulation), recipe)
+    truth, data = load_mixture(mixture), Toy(Toy.Options(mixture))
+    teacher = toy_model(data, seed=seed)
     energy = lambda model, truth: yardsticks(partial(model.sample, steps=4), truth)["energy"]
-    models = {}
+    models, students = {}, {}
     for name, change in CHANGES.items():
-        truth = turned(mixture, *change)
-        models[name] = fine_tuned(teacher, Toy(Toy.Options(truth.spec())), steps, seed), truth
-    students = {}
+        other = turned(truth, *change)
+        models[name] = fine_tuned(teacher, Toy(Toy.Options(other.spec())), steps, seed), other
+    objective = perflow.PeRFlow.of(teacher.objective, perflow.PeRFlow.Options(), teacher.guided)
     for name, (lr, number, size) in STUDENTS.items():
-        options = perflow.PeRFlow.Options()
-        objective = perflow.PeRFlow.of(teacher.objective, options, teacher.guided)
-        changed = replace(recipe, lr=lr, steps=number, batch_size=size, clip=1.0)
-        student = learned(teacher, data, objective, changed)
+        changes = dict(lr=lr, steps=number, batch_size=size, clip=1.0)
+        student = learned(teacher, data, objective, pick(Recipe, teacher.config | changes))
         delta = perflow.delta(student.network, teacher.network)
-        result = {"ratio": perflow.norm(delta) / perflow.norm(teacher.network.state_dict())}
-        result["own"] = energy(student, mixture)
-        for change, (model, truth) in models.items():
+        ratio = perflow.norm(delta) / perflow.norm(teacher.network.state_dict())
+        students[name] = {"ratio": ratio, "own": energy(student, truth)}
+        for change, (model, other) in models.items():
             plugged = replace(model, network=copy.deepcopy(model.network), objective=objective)
             perflow.plug(plugged.network, delta)
-            result[change] = energy(model, truth) / energy(plugged, truth)
-        students[name] = result
-    return {"job": job, "steps": steps, "students": students}
+            students[name][change] = energy(model, other) / energy(plugged, other)
+    return {"students": students}
 
 
 def table(runs: list[dict]) -> str:
-    heads = ["student: lr, steps", "ΔW/W", "its own energy", *CHANGES, "the worst at 10°"]
-    rows = [heads]
+    rows = [["student: lr, steps", "ΔW/W", "its own energy", *CHANGES, "the worst at 10°"]]
     for name in STUDENTS:
         column = lambda key: [run["students"][name][key] for run in runs]
         cells = [name, f"{np.mean(column('ratio')):.2f}", mean_and_error(column("own"), ".1e")]
@@ -97,7 +89,7 @@ def run(
     load_mixture(mixture)
     jobs = [(mixture, seed) for seed in range(seeds)]
     print("4-step energy distance of the fine-tuned model over that with Delta W:\n")
-    print(table(run_missing(out, jobs, partial(trained, steps=steps), steps, {"students"})))
+    print(table(run_missing(out, jobs, trained, steps, {"students"})))
 
 
 if __name__ == "__main__":

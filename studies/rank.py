@@ -6,18 +6,16 @@ A run trains a formulation and samples from its EMA weights; its file in --out i
 The table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path as File
 from typing import Annotated
 
 import numpy as np
-import torch
 
 import toy2d
 from data.toy import Toy, number
 from rf import STUDY, formulation
-from studies.runs import learned, markdown, run_missing
-from training.options import Count, Recipe, command, preset
+from studies.runs import markdown, run_missing, toy_model
+from training.options import Count, command
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
     "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
@@ -40,22 +38,16 @@ PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts
 STEPS = (5, 10, 25, 50)
 
 
-@torch.no_grad()
-def trained(job: tuple[str, str, int], steps: int) -> dict:
-    """The run (formulation, mixture, seed): train, sample with the average of the weights, measure
-    the outliers and the energy distance above the exact field's from the same noise."""
-    torch.set_num_threads(1)
-    name, mixture, seed = job[0], toy2d.load_mixture(job[1]), job[2]
-    data, formula = Toy(Toy.Options(mixture.spec())), formulation(name)
-    recipe = Recipe(**preset("toy2d") | dict(formulation=name, steps=steps, seed=seed))
-    with torch.enable_grad():
-        network = learned(None, data, formula, recipe).network
-    run = {"job": job, "name": name, "mixture": job[1], "seed": seed, "steps": steps}
-    run["excess"] = toy2d.relative_excess(network, formula, mixture)
-    points, _, noise, exact = toy2d.reference(mixture, seed)
+def trained(name: str, mixture: str, seed: int, steps: int) -> dict:
+    """Train a formulation, sample with the average of the weights, measure the outliers and the
+    energy distance above the exact field's from the same noise."""
+    truth = toy2d.load_mixture(mixture)
+    model = toy_model(Toy(Toy.Options(mixture)), formulation=name, steps=steps, seed=seed)
+    excess = toy2d.relative_excess(model.network, model.objective, truth)
+    run = {"name": name, "mixture": mixture, "seed": seed, "excess": excess}
+    points, _, noise, exact = toy2d.reference(truth, seed)
     for n in STEPS:
-        x = formula.sample(network, noise, steps=n)
-        m = toy2d.sample_metrics(x, points, mixture)
+        m = toy2d.sample_metrics(model.sample(noise, steps=n), points, truth)
         run[str(n)] = {"energy": m["energy"] - exact["energy"], "outliers": m["outliers"]}
     return run
 
@@ -87,27 +79,25 @@ def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> s
     columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
     settings = [(m, n) for m in mixtures for n in STEPS]
     heads = ["variant", "rank all", "5", "50", "paper all", "5", "50"]
-    heads += [f"{m} {n}" for m, n in settings] + ["outliers 50", "excess"]
-    rows = [heads]
+    rows = [[*heads, *(f"{m} {n}" for m, n in settings), "outliers 50", "excess"]]
     for i in np.argsort(columns[0], kind="stable"):
         group = [run for run in runs if run["name"] == names[i]]
-        row = [f"{column[i]:.2f}" for column in columns]
+        row = [names[i], *(f"{column[i]:.2f}" for column in columns)]
         row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
         for m, n in settings:
             mean = 1e3 * np.mean([run[str(n)]["energy"] for run in group if run["mixture"] == m])
             row.append(number(mean if mean < 1000 else np.inf, ".2f"))
         row.append(number(np.mean([run["50"]["outliers"] for run in group]), ".1%"))
         row.append(number(np.mean([run["excess"] for run in group]), ".1e"))
-        rows.append([names[i], *row])
-    lines = [markdown(*rows)]
+        rows.append(row)
     known = [i for i, name in enumerate(names) if name in PAPER]
-    if len(known) > 2:
-        paper = np.array([PAPER[names[i]] for i in known]).T
-        r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
-        unit = "Energy distances in thousandths, above the exact field's from the same noise"
-        correlation = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
-        lines += ["", f"{unit}. Rank correlation with the paper: {correlation}."]
-    return "\n".join(lines)
+    if len(known) <= 2:
+        return markdown(*rows)
+    paper = np.array([PAPER[names[i]] for i in known]).T
+    r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
+    unit = "Energy distances in thousandths, above the exact field's from the same noise"
+    correlation = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
+    return f"{markdown(*rows)}\n\n{unit}. Rank correlation with the paper: {correlation}."
 
 
 def run(
@@ -122,8 +112,7 @@ def run(
     _ = [formulation(name) for name in names] + [toy2d.load_mixture(name) for name in mixtures]
     jobs = [(n, m, s) for s in range(seeds) for m in mixtures for n in names]
     keys = {"name", "mixture", "seed", "excess", *map(str, STEPS)}
-    runs = run_missing(out, jobs, partial(trained, steps=steps), steps, keys)
-    table = rank_table(runs, names, mixtures)
+    table = rank_table(run_missing(out, jobs, trained, steps, keys), names, mixtures)
     file = out / f"table-{'-'.join(mixtures)}.md"
     file.write_text(table + "\n")
     print(f"{table}\n\nwrote {file}")

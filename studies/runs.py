@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path as File
 from urllib.parse import quote
 
@@ -15,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from data.base import Data
-from data.toy import number
+from data.toy import Toy, number
+from rf import formulation
 from sample import Sampler
 from train import State, batches, train
 from training.checkpoint import start_from
-from training.options import Recipe, reading
+from training.options import Recipe, preset, reading
 
 
 def learned(start: Sampler | None, data: Data, objective, recipe: Recipe) -> Sampler:
@@ -36,6 +38,12 @@ def learned(start: Sampler | None, data: Data, objective, recipe: Recipe) -> Sam
     return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
 
 
+def toy_model(data: Toy, **changes) -> Sampler:
+    """A model of a mixture as `train.py` trains it, with these changes to its recipe."""
+    recipe = Recipe(**preset("toy2d") | changes)
+    return learned(None, data, formulation(recipe.formulation), recipe)
+
+
 # ---- Runs and their files
 def run_file(out: File, job: Sequence) -> File:
     return out / f"{quote('-'.join(map(str, job)), safe='(),')}.json"
@@ -44,7 +52,7 @@ def run_file(out: File, job: Sequence) -> File:
 def read_run(file: File, keys: Iterable[str]) -> dict:
     with reading(file, "run of this study"):
         run = json.loads(file.read_text())
-        if missing := set(keys) - dict(run).keys():
+        if missing := {"job", "steps", *keys} - dict(run).keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
     return run
 
@@ -55,28 +63,33 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def made(job: tuple, work: Callable[..., dict], steps: int) -> dict:
+    """The run of this job, in one thread."""
+    torch.set_num_threads(1)
+    return dict(job=job, steps=steps, **work(*job, steps=steps))
+
+
 def run_missing(
-    out: File, jobs: list[tuple], work: Callable[[tuple], dict], steps: int, keys: Iterable[str]
+    out: File, jobs: list[tuple], work: Callable[..., dict], steps: int, keys: Iterable[str]
 ) -> list[dict]:
-    """The result of each job, a dict with these keys and its number of steps: read from `out`, or
-    made by work(job) and written there. ValueError where a file is damaged or of other steps."""
+    """The run of each job, a dict with these keys, the job and its number of steps: read from
+    `out`, or made by work(*job, steps=steps) and written there. ValueError where a file is damaged
+    or of other steps."""
     out.mkdir(parents=True, exist_ok=True)
-    keys = {*keys, "job", "steps"}
     missing = [job for job in jobs if not run_file(out, job).exists()]
-    runs = {job: read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}}
-    if other := {run["steps"] for run in runs.values()} - {steps}:
+    present = [read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}]
+    if other := {run["steps"] for run in present} - {steps}:
         raise ValueError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; the files of finished runs stay
     workers = max(1, min(len(missing), os.cpu_count()))
     with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:
-        made = pool.imap_unordered(work, missing)
-        for run in tqdm(made, initial=len(jobs) - len(missing), total=len(jobs)):
+        runs = pool.imap_unordered(partial(made, work=work, steps=steps), missing)
+        for run in tqdm(runs, initial=len(present), total=len(jobs)):
             file = run_file(out, run["job"])
             half = file.with_suffix(f".{os.getpid()}.tmp")
             half.write_text(json.dumps(run))
             half.replace(file)
-            runs[tuple(run["job"])] = read_run(file, keys)
-    return [runs[job] for job in jobs]
+    return [read_run(run_file(out, job), keys) for job in jobs]
 
 
 # ---- Tables

@@ -160,12 +160,10 @@ def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
     if "released" in spec:
         spec = spec | {"released": released}
     keys = {"context", "pooled", "network"}
-    if agree == "shape" and not released:
-        keys |= {"shape"}
     if agree == "shape":
-        keys |= {"classes"}
+        keys |= {"shape", "classes"}
     if released:
-        keys -= {"context"}
+        keys -= {"shape", "context"}
     differ = [
         key for key in spec if spec[key] != known.get(key) and (agree == "all" or key in keys)
     ]

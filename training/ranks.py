@@ -108,8 +108,8 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """torch.compile each block of an MM-DiT, in place. All but the last share one compiled code, so a
-    deep network starts in seconds, not in minutes. Any other network is compiled whole."""
+    """torch.compile each block of an MM-DiT, in place. All but the last share one compiled code, so
+    a deep network starts in seconds, not in minutes. Any other network is compiled whole."""
     for module in blocks_of(network) or [network]:
         module.compile()
 
