@@ -1,13 +1,12 @@
 """What a run asks of its data (`Data`), and what all pictures and latents share (`Dataset`).
 
-`train.py` and `sample.py` call the methods of `Data` and know nothing else of a data set. A new
-data set is a class like `data.cifar10.Cifar10` and a line in `training.checkpoint.DATASETS`. Batch
-n is a pure function of (seed, n, micro-batch), and every example comes once an epoch.
+`train.py` and `sample.py` know nothing else of a data set. A new one is a class like `Cifar10` and
+a line in `training.checkpoint.DATASETS`. Batch n is a pure function of (seed, n, micro-batch).
 Read next: `data/toy.py`, the smallest data set."""
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Annotated, ClassVar
@@ -26,12 +25,18 @@ CHECKPOINTED = 30  # networks this deep compute activations again, to need less 
 
 
 def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Generator:
-    """The generator that draws `what` (NOISE, ...) in step or block n, micro-batch `micro`.
-    Its state is a hash of the four numbers. With their sum, seed 0 would draw in step 1 what seed 1
-    draws in step 0."""
+    """The generator that draws `what` (NOISE, ...) in step or block n. Its state is a hash: with a
+    sum, seed 0 would draw in step 1 what seed 1 draws in step 0."""
     numbers = [number & 0xFFFFFFFF for number in (seed, n, micro, what)]
     state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    crc = 0
+    for values in tensors:
+        crc = zlib.crc32(values.cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 @functools.lru_cache(maxsize=4)
@@ -42,8 +47,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def network_shape(shape: Sequence[int], **changes) -> dict:
-    """The arguments of an MM-DiT for latents or pictures of this shape (C,H,W). ValueError where
-    they do not fit."""
+    """The arguments of an MM-DiT for this shape (C,H,W). ValueError where they do not fit."""
     channels, height, width = shape
     size = min(256, max(height, width) // 2)
     arguments = dict(in_channels=channels, patch_size=2, pos_embed_max_size=size, qk_norm=True)
@@ -59,14 +63,12 @@ def network_shape(shape: Sequence[int], **changes) -> dict:
 
 
 class Data:
-    """What all data sets share. Each adds the rest, as `Dataset` and `toy.Toy` do: batch, held_out,
-    spec, report and, with nothing but a spec, network and write. `Options` are its flags. A spec is
-    a `Spec` as a dict: plain values, from which a network is built."""
+    """What all data sets share. Each adds the rest, as `Dataset` and `toy.Toy` do: examples(n,
+    generator), or batch and held_out of its own; spec and report; and, with nothing but a spec,
+    network and write. `Options` are its flags. A spec is a `Spec` as a dict, plain values."""
 
     @dataclass
     class Spec:
-        """The shape of an example, the number of classes, and what else the class needs."""
-
         shape: list[Annotated[Count, "", 1, 4096]]
         classes: Annotated[int, "", 0, 100_000] = 0
 
@@ -76,6 +78,14 @@ class Data:
     null_cond: Sequence[Tensor] | None = None  # for a released network; ours take zeros
     parts: ClassVar[list | None] = None  # what training drops together, see `drop`
 
+    # ---- Of a data set that draws its examples. `Dataset` stores them
+    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
+        return [x.to(device) for x in self.examples(size, seeded(seed, n, micro, DATA))]
+
+    def held_out(self, n: int) -> list[Tensor]:
+        return self.examples(n, seeded(0, 0, 0, HELD_OUT))
+
+    # ---- The conditions of samples, and of what is trained
     @classmethod
     def encode(cls, spec: dict, prompts: list[str], device="cpu", t5=True) -> tuple:
         """(the conditions of these texts, null conditions or None to keep the network's)."""
@@ -92,11 +102,10 @@ class Data:
         return [labels] if classes else []
 
     def drop(self, cond: list[Tensor], null_cond, share: float, generator) -> list[Tensor]:
-        """Replace rows by the null condition, for classifier-free guidance: this share of them
-        loses all conditions. Each of n parts is dropped by itself, at the n-th root of the share.
-        (SD3 drops each of its three encoders at 46.4%, so a tenth of the examples has none.) A part
-        is a list of (condition, *slices of its axes); by default each condition is a part. A result
-        has the dtype of its null condition: text is stored in float16 and comes out in float32."""
+        """Replace rows by the null condition: this share of them loses all conditions. Each of n
+        parts is dropped by itself, at the n-th root of the share, as SD3 drops each of its three
+        encoders at 46.4%. A part is a list of (condition, *slices of its axes); by default each
+        condition is one. A result has the dtype of its null condition, not the stored float16."""
         parts = self.parts or [[(i,)] for i in range(len(cond))]
         result = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
         for part in parts:
@@ -156,15 +165,11 @@ class Dataset(Data):
     @functools.cached_property
     def digest(self) -> int:
         """A checksum of 64 rows from the first to the last: cheap for any amount of data."""
-        rows, crc = np.linspace(0, len(self.x0) - 1, 64).astype(int), 0
-        for values in self.gather(rows):
-            crc = zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
-        return crc
+        return checksum(self.gather(np.linspace(0, len(self.x0) - 1, 64).astype(int)))
 
     def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
-        """The examples (size,) of micro-batch `micro` of `micros` in step n.
-        The steps walk along one permutation after the other: the next epoch fills the last partial
-        batch of an epoch."""
+        """The examples (size,) of a micro-batch. The steps walk along one permutation after the
+        other: the next epoch fills the last partial batch."""
         start, N = (n * micros + micro) * size, len(self.train_rows)
         epoch, place = np.divmod(np.arange(start, start + size), N)
         order = [permutation(N, seed, e)[place[epoch == e]] for e in np.unique(epoch).tolist()]
@@ -175,7 +180,6 @@ class Dataset(Data):
         return [torch.as_tensor(np.asarray(array[rows])) for array in (self.x0, *self.cond)]
 
     def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
-        """[x0, *cond] of these `rows`, on the device, as the network takes them."""
         batch = self.gather(self.rows(seed, n, size, micro, micros))
         if torch.device(device).type == "cuda":
             batch = [x.pin_memory() for x in batch]
@@ -189,13 +193,12 @@ class Dataset(Data):
 
     @staticmethod
     def prepare(x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x0 as stored -> float32, as the network takes it. With a generator it is augmented."""
+        """x0 as stored -> as the network takes it. With a generator it is augmented."""
         return x0.float()
 
     # ---- From a spec, without data: the network, and pictures of its samples
     @classmethod
     def network(cls, spec: dict, recipe) -> nn.Module:
-        """A new network that takes labels, with patches of 2 x 2."""
         network = ClassMMDiT(spec["classes"], recipe.depth, **network_shape(spec["shape"]))
         network.mmdit.checkpointing = recipe.depth >= CHECKPOINTED
         return network
@@ -207,10 +210,9 @@ class Dataset(Data):
 
     @classmethod
     def write(cls, spec, file: File, x0, *cond, columns=10, names=(), seed=0, device="cpu") -> File:
-        """Write a sheet of samples (.png), with a named row for each class if there are at most ten
-        equally frequent ones; or arrays (.npz) as the ADM evaluator reads them: arr_0 uint8
-        (n,H,W,3), then the conditions. Returns the file: without their VAE, latents are written as
-        they are, as .npz."""
+        """Write a sheet (.png), with named rows for at most ten equally frequent classes; or arrays
+        (.npz) as the ADM evaluator reads them: arr_0 uint8 (n,H,W,3), then the conditions. Returns
+        the file: an .npz of latents as they are, where their VAE is missing."""
         images = cls.images(spec, x0, device)
         if images is None:
             images, file = x0.numpy(), file.with_suffix(".npz")
@@ -228,18 +230,17 @@ class Dataset(Data):
 
     # ---- What a run shows
     def preview(self, model, out: File, steps: int = 50, cfg: float | None = None) -> None:
-        """Draw OUT/samples: eight of each of the first ten classes, or 80 (of held-out texts)."""
+        """Eight samples of each of the first ten classes, or 80 (of held-out texts)."""
         cond = self.held_out(80)[1:]
         if self.classes:
             cond = [torch.arange(min(10, self.classes)).repeat_interleave(8)]
         steps = max(steps, model.objective.fewest)
         x0 = model.draw(len(cond[0]) if cond else 80, *cond, steps=steps, cfg=cfg)
-        file = out / "samples.png"
-        self.write(self.spec(), file, x0, *cond, columns=8, device=model.device)
+        self.write(self.spec(), out / "samples.png", x0, *cond, columns=8, device=model.device)
 
     def report(self, model, out: File, teacher=None) -> None:
-        """At the end of a run, draw samples, with guidance if the model allows it. Then compare a
-        student with its teacher from the same noise: a row of pictures for each number of steps."""
+        """Draw samples, with guidance if the model allows it. Then compare a student with its
+        teacher from the same noise: a row of pictures for each number of steps."""
         cfg = 2.0 if model.null_cond else None
         self.preview(model, out, model.objective.fewest if teacher else 50, cfg)
         if not teacher:

@@ -28,8 +28,7 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 class Cifar10(Dataset):
-    """CIFAR-10, whole and as uint8, from a folder with the archive or its unpacked files.
-    Training uses the five training files; the test file is held out."""
+    """A folder with the archive or its unpacked files. The test file is held out."""
 
     @dataclass
     class Options(Dataset.Options):
@@ -58,9 +57,9 @@ class Cifar10(Dataset):
             label = max(files[name][::RECORD])
             if label > 9:
                 raise ValueError(f"{name} in {folder} has a label {label}; good ones are 0 to 9")
-        records = np.frombuffer(b"".join(files[name] for name in FILES), np.uint8)
-        records = records.reshape(-1, RECORD)
-        x0, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
+        raw = b"".join(files[name] for name in FILES)
+        labels, pixels = np.split(np.frombuffer(raw, np.uint8).reshape(-1, RECORD), [1], axis=1)
+        x0, labels = pixels.reshape(-1, 3, 32, 32), labels[:, 0].astype(np.int64)
         super().__init__(x0, labels, names=NAMES, held_out=RECORDS)
 
     @staticmethod

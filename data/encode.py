@@ -48,7 +48,6 @@ def load_image(path: File, size: int) -> np.ndarray:
 
 
 def unreadable(path: File, size: int) -> str:
-    """Why a picture cannot be read; "" where it can."""
     try:
         load_image(path, size)
     except Exception as error:  # Pillow's readers raise errors of many types
@@ -57,8 +56,8 @@ def unreadable(path: File, size: int) -> str:
 
 
 def find_images(images: File, captioned: bool) -> tuple[list[File], list[str]]:
-    """The pictures FOLDER/CLASS/IMAGE.jpg with their classes; or FOLDER/[.../]IMAGE.jpg with their
-    captions, from IMAGE.txt or the lines {"file_name", "text"} of FOLDER/metadata.jsonl."""
+    """FOLDER/CLASS/IMAGE.jpg with the classes; or FOLDER/[.../]IMAGE.jpg with the captions, from
+    IMAGE.txt or the lines {"file_name", "text"} of FOLDER/metadata.jsonl."""
     found = {*images.glob("[!.]*/[!.]*"), *(images.rglob("[!.]*") if captioned else ())}
     files = sorted(file for file in found if file.suffix.lower() in FORMATS and file.is_file())
     if len(files) < 2:
@@ -187,8 +186,8 @@ def encode(
     batch_size: Annotated[Count, "images at once"] = 16,
     device: Annotated[str | None, "cpu, cuda, cuda:1 (default: cuda if there)"] = None,
 ) -> None:
-    """Encode images into a folder for `Latents`, in bf16 on a GPU. A latent is the mean of the
-    VAE's posterior. (The paper is silent. With samples, a call that goes on would write others.)"""
+    """A latent is the mean of the VAE's posterior, in bf16 on a GPU. (The paper is silent. With
+    samples, a call that goes on would write others.)"""
     if not (vae or text):
         raise ValueError("encode needs --vae, or --text of a folder that has one")
     rank, world = ranks()

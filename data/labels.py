@@ -1,6 +1,5 @@
 """Labels for an MM-DiT. SD3's network takes texts and has none, so this file is our choice.
-
-Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/toy.py`."""
+Read next: `data/toy.py`."""
 
 import torch
 from torch import Tensor, nn

@@ -1,8 +1,7 @@
 """Latents with labels or texts as the data of a run: a folder of .npy files from `data/encode.py`.
 
-SD3 trains in the latents of a VAE with 16 channels (section 5.2). The files are memory-mapped, and
-no pickle is read. A VAE of the optional package diffusers turns latents back into pictures.
-Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/encode.py`."""
+SD3 trains in the latents of a VAE with 16 channels (section 5.2). No pickle is read. A VAE of the
+optional package diffusers turns latents back into pictures. Read next: `data/encode.py`."""
 
 import functools
 import json
@@ -21,11 +20,13 @@ from sd3 import text as text_encoders
 from training.options import Count, misfit, pick, reading
 
 FLOATS, INTEGERS = "float16 float32", "uint8 uint16 uint32 int8 int16 int32 int64"
+LABELS = {"labels.npy": ("(N,)", INTEGERS)}
+TEXTS = {"context.npy": ("(N,L,D)", FLOATS), "pooled.npy": ("(N,P)", FLOATS)}
 
 
 def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
-    """A memory-mapped .npy. ValueError where it has other axes than `shape` or another dtype, where
-    it holds objects, and where its length is not what its header says."""
+    """A memory-mapped .npy. ValueError where it has other axes or another dtype, holds objects, or
+    has another length than its header says."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing (`python -m data.encode` makes one)")
     with reading(path, "array of numbers"):
@@ -54,8 +55,7 @@ class Meta:
 
 
 def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
-    """A meta.json: a `Meta` as a dict, the names of the classes, and the parts of its texts, each
-    of which training drops by itself."""
+    """A meta.json: a `Meta` as a dict, the names of the classes, and `Data.parts`."""
     like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
     slices = lambda spans: [slice(*map(int, span)) for span in spans]
     with reading(path, f"JSON object like {like}"):
@@ -70,9 +70,8 @@ def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
 class Latents(Dataset):
     """latents.npy (N,C,H,W) float16, memory-mapped; labels.npy (N,), or context.npy (N,L,D),
     pooled.npy (N,P) and null.npz, the encoding of ""; meta.json {"scaling", "shift", "vae", ...}.
-    Latents are stored as the network takes them: (z - shift) scaling, for the VAE's z, has about
-    unit variance. The last min(1024, N/20) rows of a fixed permutation are held out. (A folder is
-    sorted by class, so its last rows all have the last class.)"""
+    Latents are stored as the network takes them: (z - shift) scaling has about unit variance. Of a
+    fixed permutation min(1024, N/20) rows are held out, as a folder is sorted by class."""
 
     @dataclass
     class Spec(Dataset.Spec):
@@ -95,14 +94,11 @@ class Latents(Dataset):
         N = len(x0)
         if N < 2 or not x0.size:
             raise ValueError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
-        text = any((folder / name).exists() for name in ("context.npy", "pooled.npy"))
+        text = any((folder / name).exists() for name in TEXTS)
         if text == (folder / "labels.npy").exists():
             what = "labels.npy, or context.npy and pooled.npy, and not both"
             raise ValueError(f"{folder} must hold {what}: {'both' if text else 'neither'} there")
-        files = {"labels.npy": ("(N,)", INTEGERS)}
-        if text:
-            files = {"context.npy": ("(N,L,D)", FLOATS), "pooled.npy": ("(N,P)", FLOATS)}
-        for name, (shape, dtypes) in files.items():
+        for name, (shape, dtypes) in (TEXTS if text else LABELS).items():
             array = open_array(folder / name, shape, dtypes)
             cond.append(array if text else array.astype(np.int64))
             if len(array) != N:
@@ -134,7 +130,6 @@ class Latents(Dataset):
 
     @classmethod
     def network(cls, spec: dict, recipe) -> nn.Module:
-        """For labels as in `Dataset`; for texts an MM-DiT, with zeros as its null condition."""
         if not spec["context"]:
             return super().network(spec, recipe)
         shape = network_shape(spec["shape"], **(spec["released"] or {}))

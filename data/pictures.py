@@ -1,8 +1,7 @@
 """All pictures, drawn with Pillow: flows over densities, fields, walks, sheets, curves.
 
-A picture of a flow is a `Scene` with points on it: the density p_t as a glow below; particles,
-trajectories or arrows above; the same axes everywhere. Callers give arrays, or functions where a
-picture needs many points. Nothing here knows a mixture, a network or a data set.
+A picture of a flow is a `Scene`, the density p_t as a glow, with particles, trajectories or arrows
+above. Nothing here knows a mixture, a network or a data set.
 Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/toy.py`, a caller."""
 
 import math
@@ -104,11 +103,9 @@ def hues(x: Tensor) -> list[tuple[int, ...]]:
     return [tuple(map(int, colour)) for colour in np.asarray(rgb)[0]]
 
 
-# ---- Flows, all on the RF path: they start from N(0, I). The angle at its start gives a particle
-# its hue.
+# ---- Flows, all on the RF path. The angle at its start gives a particle its hue
 def draw_flow(scene: Scene, zs: Tensor) -> Image.Image:
-    """Draw particles zs (49,n,2), of t = 1, 47/48, ..., 0, over p_t at five of these times, and the
-    trajectories of the first 250."""
+    """Particles zs (49,n,2) over p_t at five times from 1 to 0, and the first 250 trajectories."""
     colours, panels = hues(zs[0]), []
     for i, t in enumerate(("1, noise", "0.75", "0.50", "0.25", "0, data")):
         canvas = Canvas(scene).glow(1 - i / 4).points(zs[12 * i], colours)
@@ -120,18 +117,16 @@ def draw_flow(scene: Scene, zs: Tensor) -> Image.Image:
 def draw_field(scene: Scene, learned, exact, errors: dict[float, float]) -> Image.Image:
     """Draw two fields f(z (n,2), t (n,)), one above the other, at the times in {t: error}."""
     panel = lambda field, t, label: Canvas(scene).glow(t).arrows(field, t).done(label)
-    above = (f"learned, t = {t}; relative error {error:.1e}" for t, error in errors.items())
-    rows = [
-        [panel(learned, t, label) for t, label in zip(errors, above, strict=True)],
-        [panel(exact, t, f"exact, t = {t}") for t in errors],
-    ]
+    label = "learned, t = {}; relative error {:.1e}".format
+    above = [panel(learned, t, label(t, error)) for t, error in errors.items()]
+    below = [panel(exact, t, f"exact, t = {t}") for t in errors]
     title = "The learned velocity v(z, t) and the exact u(z, t); samples move against the arrows"
-    return tile(rows, title)
+    return tile([above, below], title)
 
 
 def draw_walks(scene: Scene, exact: Tensor, walks: dict[str, Tensor]) -> Image.Image:
-    """Draw walks of a few steps, each (steps + 1, n, 2) in its panel, beside the exact paths
-    (T,n,2) from the same noise. A ring shows where a particle should land."""
+    """Walks of a few steps, each (steps + 1, n, 2) in its panel, beside the exact paths (T,n,2)
+    from the same noise. A ring shows where a particle should land."""
     colours, n, panels = hues(exact[0]), exact.shape[1], []
     for label, zs in walks.items():
         canvas = Canvas(scene, 480).glow(0).lines(exact, [GREY] * n, 150)
@@ -149,8 +144,8 @@ def draw_samples(scene: Scene, samples: Tensor, data: Tensor, colours: Colours) 
 
 
 def save_gif(file: File, scene: Scene, zs: Tensor) -> None:
-    """Save particles zs (frames, n, 2) from noise to data, with short tails, over p_t. The first
-    and the last frame pause. All frames share one palette; with several, colours would flicker."""
+    """Particles zs (frames, n, 2) from noise to data, with short tails, over p_t. All frames share
+    one palette; with several, colours would flicker."""
     images, colours, last = [], hues(zs[0]), len(zs) - 1
     for i, z in enumerate(zs):
         t = 1 - i / last
@@ -189,13 +184,12 @@ def draw_sheet(images: np.ndarray, columns: int, names: Sequence[str] = ()) -> I
     return sheet
 
 
-def draw_captioned(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+def draw_captioned(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """Images uint8 (n,H,W,3), each over the lines of its caption. Small ones are enlarged."""
     n, h, w, _ = images.shape
-    columns, zoom, gap, font = min(n, columns), max(1, 128 // h), 8, ImageFont.load_default(13)
-    characters = zoom * w // 7  # in a line
-    wrap = lambda caption: "\n".join(textwrap.fill(s, characters) for s in caption.split("\n"))
-    texts = [wrap(caption) for caption in captions]
+    columns, zoom, gap, font = min(n, 8), max(1, 128 // h), 8, ImageFont.load_default(13)
+    wrap = textwrap.TextWrapper(zoom * w // 7).fill  # so many characters fit into a line
+    texts = ["\n".join(map(wrap, caption.split("\n"))) for caption in captions]
     lines = 1 + max(text.count("\n") for text in texts)
     h, w = zoom * h + 17 * lines + 2 * gap, zoom * w + gap
     sheet = Image.new("RGB", (columns * w + gap, -(-n // columns) * h + gap), (240, 240, 240))

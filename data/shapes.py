@@ -1,11 +1,10 @@
 """The laboratory of text: drawn shapes with captions, and an exact reader of such pictures.
 
-`toy2d.py` knows the true field of its data; this file knows the true caption of a picture. A
-caption names one object, or two and their relation: "a red circle left of a blue square". `render`
-draws it. `read` compares a picture with everything that can be drawn, so it judges a model exactly.
-The two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place in the
-sentence); c_vec counts the words, so it does not say which object has which colour.
-Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/cifar10.py`."""
+A caption names one object, or two and their relation: "a red circle left of a blue square".
+`render` draws it. `read` compares a picture with everything that can be drawn, so it judges a model
+exactly. The two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place in
+the sentence); c_vec counts the words, so it does not say which object has which colour.
+Read next: `data/cifar10.py`."""
 
 import itertools
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.base import DATA, HELD_OUT, Data, seeded
+from data.base import HELD_OUT, Data, seeded
 from data.pictures import draw_captioned, to_uint8
 from mmdit import MMDiT
 from training.options import fast_bf16
@@ -60,7 +59,6 @@ CAPTIONS: dict[str, tuple[str, list[tuple[str, str]]]] = {  # caption: layout, o
     **{phrase(r, a, b): (r, [a, b]) for r in ("left of", "above") for a in PAIRS for b in PAIRS},
     **{phrase(r, b, a): (o, [a, b]) for r, o in TURNED.items() for a in PAIRS for b in PAIRS},
 }
-ROW = {caption: i for i, caption in enumerate(CAPTIONS)}
 LAYOUT = torch.tensor([[*LAYOUTS].index(layout) for layout, _ in CAPTIONS.values()])  # (2328,)
 NEW = torch.tensor([any(pair in UNSEEN for pair in pairs) for _, pairs in CAPTIONS.values()])
 # (2328,2); a single object stands twice
@@ -70,16 +68,15 @@ IDS = nn.utils.rnn.pad_sequence(SENTENCES, batch_first=True)  # (2328,8); 0 stan
 
 
 def row_of(caption: str) -> int:
-    """The row of a caption in the tables. ValueError on a word that is not in the vocabulary, and
-    on a sentence that is no caption."""
+    """The row of a caption in the tables. ValueError on an unknown word or another sentence."""
     words = caption.split()
     for word in words:
         if word not in VOCABULARY:
             raise ValueError(f"unknown word {word!r}; the vocabulary is {', '.join(VOCABULARY)}")
-    if " ".join(words) not in ROW:
+    if " ".join(words) not in CAPTIONS:
         like = "'a red circle' or 'a red circle left of a blue square'"
         raise ValueError(f"the caption {caption!r} is not like {like}")
-    return ROW[" ".join(words)]
+    return [*CAPTIONS].index(" ".join(words))
 
 
 def conditions_of(rows: Tensor) -> list[Tensor]:
@@ -98,8 +95,8 @@ def rows_of(context: Tensor) -> Tensor:
 
 
 def draw_rows(n: int, generator: torch.Generator, new: bool = False) -> Tensor:
-    """Draw the rows of n captions. A fifth of them names one object. All pairs in them are in
-    training or, with `new`, at least one is not."""
+    """Draw the rows of n captions, a fifth of one object. All their pairs are in training or, with
+    `new`, at least one is not."""
     single = torch.rand(n, generator=generator) < 0.2
     allowed = NEW if new else ~NEW
     pools = [(allowed & layout).nonzero()[:, 0] for layout in (LAYOUT > 0, LAYOUT == 0)]
@@ -145,15 +142,15 @@ def paint(rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def render(caption: str, generator: torch.Generator | None = None) -> Tensor:
-    """A picture (3,32,32) in [-1, 1] of this caption. ValueError where it is none."""
+    """A picture (3,32,32) in [-1, 1] of this caption."""
     return paint(torch.tensor([row_of(caption)]), generator)[0]
 
 
 # ---- The reader
 def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
     """The captions of the pictures nearest to x0 (n,3,32,32), and the rms distances to them (n,).
-    It tries every object at every place. One object explains |x0 - white|^2 - |x0 - object|^2. The
-    two objects of a layout do not overlap, so the sum of both is what they explain together."""
+    An object explains |x0 - white|^2 - |x0 - object|^2, at every place. The two of a layout do not
+    overlap, so the sum of both is what they explain together."""
     if len(x0) > 500:  # to bound the memory
         captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
         return [*itertools.chain(*captions)], torch.cat(distances)
@@ -191,17 +188,16 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
     words = lambda objects, k: sorted(pair[k] for pair in objects)  # colours or shapes
     for row, caption in zip(rows.tolist(), captions, strict=True):
         (layout, objects), (seen_layout, seen) = known[row], CAPTIONS[caption]
-        right = layout == seen_layout and objects == seen
         colours, shapes = (words(objects, k) == words(seen, k) for k in (0, 1))
-        exchanged = objects != seen and objects == seen[::-1]
-        table.append([right, colours, shapes, layout == seen_layout and not exchanged])
+        relation = layout == seen_layout and (objects == seen or objects != seen[::-1])
+        table.append([known[row] == CAPTIONS[caption], colours, shapes, relation])
     shares = dict(zip(ASPECTS, torch.tensor(table).double().mean(0).tolist(), strict=True))
     return shares | {"distance": distances.mean().item()}
 
 
 # ---- The shapes as the data of a run
 class Shapes(Data):
-    """What `train.py --dataset shapes` learns: captioned pictures, new ones in each step."""
+    """Captioned pictures, new ones in each step."""
 
     @dataclass
     class Options:
@@ -218,15 +214,9 @@ class Shapes(Data):
         return dict(shape=[3, SIZE, SIZE], classes=0)
 
     @staticmethod
-    def _examples(n: int, generator: torch.Generator) -> list[Tensor]:
+    def examples(n: int, generator: torch.Generator) -> list[Tensor]:
         rows = draw_rows(n, generator)
         return [paint(rows, generator), *conditions_of(rows)]
-
-    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
-        return [x.to(device) for x in self._examples(size, seeded(seed, n, micro, DATA))]
-
-    def held_out(self, n: int) -> list[Tensor]:
-        return self._examples(n, seeded(0, 0, 0, HELD_OUT))
 
     @staticmethod
     def network(spec: dict, recipe) -> nn.Module:
@@ -253,8 +243,8 @@ class Shapes(Data):
 
     @classmethod
     def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, seed=0, device="cpu") -> File:
-        """Write a sheet of pictures over their captions, with the reader's answer where it differs
-        (.png); or arrays (.npz: arr_0 uint8 (n,H,W,3), then the conditions)."""
+        """Write pictures over their captions, with the reader's answer where it differs (.png); or
+        arrays (.npz) as `Dataset` does."""
         images = to_uint8(x0)
         if file.suffix == ".npz":
             np.savez(file, images, *(c.numpy() for c in cond))
@@ -274,22 +264,22 @@ class Shapes(Data):
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
         return verdicts(rows, model.draw(n, *conditions_of(rows), steps=steps, cfg=cfg))
 
-    def _seen_and_new(self, model, steps: int) -> str:
-        seen, new = (self.right(model, 200, new, steps=steps) for new in (False, True))
-        distance = (seen["distance"] + new["distance"]) / 2
-        return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
-
     def metrics(self, model) -> dict[str, float]:
         return {"right": self.right(model, 64, steps=max(10, model.objective.fewest))["all right"]}
 
     def report(self, model, out: File, teacher=None) -> None:
-        """At the end of a run, print how often samples show their captions, and draw some."""
         steps = model.objective.fewest if teacher else 25
         guidance = (model.cfg, 1.0) if model.null_cond else (1.0,)
+
+        def measure(model, steps: int) -> str:
+            seen, new = (self.right(model, 200, new, steps=steps) for new in (False, True))
+            distance = (seen["distance"] + new["distance"]) / 2
+            return f"{seen['all right']:.1%} {new['all right']:8.1%} {distance:8.3f}"
+
         if teacher:
             print("all right, of 200 captions of seen and 200 of unseen pairs; distance to the")
             print("nearest true picture (the mean rms, of pixels in [-1, 1]):")
-            self.compare(model, teacher, self._seen_and_new, (1, 2, 4, 8, 50))
+            self.compare(model, teacher, measure, (1, 2, 4, 8, 50))
         heads = "".join(f"{head:>12}" for head in (*ASPECTS, "distance"))
         print(f"{f'{steps} steps, 400 captions':24}{heads}")
         for cfg, new in itertools.product(guidance, (False, True)):

@@ -2,7 +2,7 @@
 
     python train.py --dataset toy2d [--mixture grid] [--conditional] [--network mmdit]
 
-Time, here and everywhere: t = 0 is data, t = 1 is noise. Read next: `data/shapes.py`."""
+Read next: `data/shapes.py`."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import toy2d
 from data import pictures
-from data.base import DATA, HELD_OUT, Data, seeded
+from data.base import DATA, Data, seeded
 from data.labels import ClassMMDiT
 from rf import Formulation, RectifiedFlow, solve
 from toy2d import MLP, GaussianMixture, load_mixture, reference, relative_excess, yardsticks
@@ -42,8 +42,7 @@ def scene(mixture: GaussianMixture) -> pictures.Scene:
 
 
 class Toy(Data):
-    """A mixture with the face of `Data`. Its models are measured on the CPU, where the mixture is;
-    those of a GPU are measured only at the end of a run."""
+    """A mixture. It is on the CPU, so models of a GPU are measured only at the end of a run."""
 
     @dataclass
     class Options:
@@ -72,15 +71,9 @@ class Toy(Data):
         classes = len(self.mixture.weights) if self.conditional else 0
         return asdict(self.Spec([2], classes, **asdict(self.options)))
 
-    def _examples(self, n: int, generator: torch.Generator) -> list[Tensor]:
+    def examples(self, n: int, generator: torch.Generator) -> list[Tensor]:
         x0, labels = self.mixture.sample(n, generator)
-        return [x0, labels] if self.conditional else [x0]
-
-    def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
-        return [x.to(device) for x in self._examples(size, seeded(seed, n, micro, DATA))]
-
-    def held_out(self, n: int) -> list[Tensor]:
-        return self._examples(n, seeded(0, 0, 0, HELD_OUT))
+        return [x0, *[labels] * self.conditional]
 
     @staticmethod
     def network(spec: dict, recipe) -> nn.Module:
@@ -98,8 +91,8 @@ class Toy(Data):
 
     @classmethod
     def write(cls, spec, file: File, x0: Tensor, *labels: Tensor, seed=0, device="cpu") -> File:
-        """Write a picture (.png) or arrays (.npz). Print the metrics of x0, and those of the exact
-        field from the same noise, which `seed` draws again."""
+        """Write a picture (.png) or arrays (.npz). Print the metrics of x0 and of the exact field
+        from the same noise, which `seed` draws again."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
         if file.suffix == ".npz":
             np.savez(file, x0.numpy(), *(c.numpy() for c in labels))
@@ -108,14 +101,17 @@ class Toy(Data):
         noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
         data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
         if file.suffix == ".png":
-            colours, truth = pictures.hues(noise[:2000]), data[: min(n, 2000)]
-            pictures.draw_samples(scene(mixture), x0[:2000], truth, colours).save(file)
+            shown, truth = x0[:2000], data[: min(n, 2000)]
+            pictures.draw_samples(scene(mixture), shown, truth, pictures.hues(noise[:2000])).save(
+                file
+            )
         if n > 1:
             cond = [c[: len(noise)] for c in labels]
             exact = solve(mixture.field(RectifiedFlow()), noise, *cond, steps=50, method="heun")
             measure = lambda x: toy2d.sample_metrics(x[:10_000], data[:10_000], mixture)
-            rows = {"samples": measure(x0), "exact field, same noise": measure(exact)}
-            print(metrics_table(rows))
+            print(
+                metrics_table({"samples": measure(x0), "exact field, same noise": measure(exact)})
+            )
         return file
 
     # ---- What a run shows
@@ -123,13 +119,11 @@ class Toy(Data):
         """The relative excess, of formulations only: nobody knows the best student of a teacher."""
         if model.device.type != "cpu" or not isinstance(model.objective, Formulation):
             return {}
-        network, objective = model.guided(), model.objective
-        excess = relative_excess(network, objective, self.mixture, self.conditional, n=8192)
-        return {"excess": excess}
+        judged = model.guided(), model.objective, self.mixture, self.conditional
+        return {"excess": relative_excess(*judged, n=8192)}
 
     @torch.no_grad()
     def report(self, model, out: File, teacher=None) -> None:
-        """At the end of a run, print the table and draw the pictures of a flow or of a student."""
         model.network.cpu()
         if teacher:
             teacher.network.cpu()
@@ -166,8 +160,8 @@ class Toy(Data):
         print(f"pictures{subject}: {out}/flow.png, {out}/field.png, {out}/flow.gif")
 
     def _compare(self, student, out: File, teacher) -> None:
-        """Print the yardsticks of a student and its teacher at equal evaluations, then draw the
-        student's steps and print the curvature of both, on the student's path."""
+        """The yardsticks of both at equal evaluations, then their curvature and their walks, on the
+        student's path."""
         energy, walks, flow = {}, {}, student.objective
 
         def measure(model, steps: int) -> str:

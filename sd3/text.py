@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path as File
 
 import torch
@@ -24,7 +25,7 @@ T5 = ("tokenizer_3", "text_encoder_3")
 
 def open_folder(name: str, parts: Sequence[str]) -> File:
     """The folder of a released model, or ORG/NAME, which is fetched from the hub, safetensors only.
-    ValueError where one of these parts is missing."""
+    It has these parts, else ValueError."""
     folder = File(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
@@ -41,18 +42,19 @@ def open_folder(name: str, parts: Sequence[str]) -> File:
     return folder
 
 
+@dataclass
 class Encoder:
-    """prompts -> context (B,L,D), pooled (B,P), by frozen CLIP-L, CLIP-G and, unless left out, T5.
-    `width` is D; `t5_tokens` are the last ones of L."""
+    """prompts -> context (B,L,D), pooled (B,P), by frozen CLIP-L, CLIP-G and, perhaps, T5."""
 
-    def __init__(self, tokenizers: list, encoders: list, width: int, t5_tokens: int):
-        self.tokenizers, self.encoders = tokenizers, encoders
-        self.width, self.t5_tokens = width, t5_tokens
+    tokenizers: list
+    encoders: list
+    width: int  # D
+    t5_tokens: int  # the last ones of L
 
     @property
     def parts(self) -> list:
-        """What each encoder gives, and training drops by itself: [condition, *spans of its axes],
-        where condition 0 is the context and 1 is pooled."""
+        """What each encoder gives, and training drops by itself: [condition, *spans of its axes].
+        Condition 0 is the context, 1 is pooled."""
         L, G = (encoder.config for encoder in self.encoders[:2])
         tokens = [0, self.tokenizers[0].model_max_length]
         split, end = L.hidden_size, L.hidden_size + G.hidden_size
@@ -78,8 +80,7 @@ class Encoder:
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Sixteen prompts at a time, as the CLIPs return the states of all their layers."""
         parts = [self._encode(prompts[i : i + 16]) for i in range(0, len(prompts), 16)]
-        context, pooled = map(torch.cat, zip(*parts, strict=True))
-        return context, pooled
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -103,8 +104,7 @@ def load(
     t5_tokens: int = 256, width: int | None = None,
 ) -> Encoder:  # fmt: skip
     """The encoders of an SD3 folder, in bf16 on a GPU. t5_tokens is 256 in the released pipeline
-    and 77 in the paper. By default the folder's transformer says the width of the context.
-    ValueError where the package or a part is missing."""
+    and 77 in the paper; `width` is by default the transformer's. ValueError without a part."""
     folder = open_folder(str(folder), CLIPS + T5 if t5 else CLIPS)
     try:
         import transformers
@@ -121,11 +121,10 @@ def load(
         place = folder / f"text_encoder{suffix}"
         try:
             tokenizer_class, encoder_class = (getattr(transformers, name) for name in names)
-            tokenizer = tokenizer_class.from_pretrained(folder / f"tokenizer{suffix}")
+            tokenizers.append(tokenizer_class.from_pretrained(folder / f"tokenizer{suffix}"))
             encoder = encoder_class.from_pretrained(place, use_safetensors=True)
         except Exception as error:  # damaged or missing files, ...
             raise ValueError(f"{folder}, encoder{suffix}: {str(error)[:200]}") from None
-        tokenizers.append(tokenizer)
         encoders.append(encoder.to(dtype).eval().requires_grad_(False))
     size = sum(p.nbytes for encoder in encoders for p in encoder.parameters())
     hint = "; --no-t5 leaves the largest one out" if t5 else ""

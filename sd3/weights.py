@@ -1,7 +1,5 @@
 """SD3's released weights: a folder in diffusers' layout, or one file, as `mmdit.MMDiT` takes it.
-
-diffusers renames the released weights and splits q, k and v; `released_names` undoes this. Then the
-weights load into `MMDiT` as they are. Read next: `sample.py`, which draws with them."""
+Read next: `sample.py`, which draws with them."""
 
 import json
 import math
@@ -16,7 +14,6 @@ from training.options import reading
 
 
 def read_weights(path: File) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of all those in a folder. ValueError on others."""
     from safetensors.torch import load_file
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -72,9 +69,9 @@ QKV = {"x_block": ("to_q", "to_k", "to_v"), "context_block": [f"add_{x}_proj" fo
 
 
 def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's weights under the released checkpoint's names, which are `MMDiT`'s. Under
-    diffusers' names q, k, v are apart, and the modulations of the final layer and of the last
-    context block hold scale before shift. ValueError on the weights of another network."""
+    """A transformer's weights under the released names, which are `MMDiT`'s. diffusers has q, k, v
+    apart, and scale before shift in the modulations of the final layer and the last context block.
+    ValueError on the weights of another network."""
     prefix = "model.diffusion_model."
     if f"{prefix}pos_embed" in state:  # the file may hold text encoders and the VAE, too
         return {k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)}
@@ -99,8 +96,7 @@ def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """(spec, weights) of a released SD3: its folder, its name on the hub, or its transformer's file
-    in that folder."""
+    """(spec, weights) of a released SD3: its folder, its hub name, or its transformer's file."""
     single = path.endswith(".safetensors")
     folder = File(path).parent if single else open_folder(path, (*CLIPS, "transformer", "vae"))
     folder = folder.parent if single and folder.name == "transformer" else folder
@@ -108,17 +104,17 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
     with reading(path, "transformer of an SD3"):
         state = released_names(weights)
         _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        context = state["context_embedder.weight"].shape[1]
-        pooled = state["y_embedder.mlp.0.weight"].shape[1]
-        shape = dict(in_channels=channels, patch_size=patch)
+        inputs = lambda layer: state[f"{layer}.weight"].shape[1]
+        context, pooled = inputs("context_embedder"), inputs("y_embedder.mlp.0")
+        table = math.isqrt(state["pos_embed"].shape[1])
+        shape = dict(in_channels=channels, patch_size=patch, pos_embed_max_size=table)
         shape["qk_norm"] = any("ln_q" in key for key in state)
-        shape["pos_embed_max_size"] = math.isqrt(state["pos_embed"].shape[1])
     file = folder / "vae/config.json"
     with reading(file, "configuration of an SD3"):
         vae = json.loads(file.read_text(encoding="utf-8"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
     meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
-    side = min(1024 // factor, patch * shape["pos_embed_max_size"])
+    side = min(1024 // factor, patch * table)
     spec = dict(shape=[channels, side, side], classes=0, names=None, meta=meta)
     return spec | dict(context=[77 + 256, context], pooled=[pooled], released=shape), state

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path as File
 from typing import Annotated
 
-import torch
-
 import sample
 from data.shapes import Shapes
 from studies.rivals import COUNTS, METHODS
@@ -20,22 +18,21 @@ from training.checkpoint import digest
 from training.options import Recipe, command, pick, preset
 
 
-def painted(job: tuple[str, str, float, int], steps: int, checkpoint: File) -> dict:
-    """The run (teacher, method, learning rate, seed): {evaluations: [the share of samples that are
-    all right, for seen and for unseen captions]}. The method "teacher" trains nothing."""
-    torch.set_num_threads(1)
-    _, name, lr, seed = job
+def painted(
+    checksum: str, name: str, lr: float, seed: int, steps: int, checkpoint: File
+) -> dict:
+    """{evaluations: [the share of samples that are all right, for seen and for unseen captions]},
+    and seconds of training. The method "teacher" trains nothing."""
     teacher, data = sample.load(checkpoint), Shapes(Shapes.Options())
     changes = preset("shapes student") | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
     recipe = pick(Recipe, teacher.config | changes)
     start, students = time.perf_counter(), dict.fromkeys(COUNTS, teacher)
     if name in METHODS:
         students = METHODS[name].train(teacher, data, recipe)
-    spent, scores = time.perf_counter() - start, {}
-    for n, model in students.items():
-        verdicts = [data.right(model, 200, new, steps=n) for new in (False, True)]
-        scores[str(n)] = [verdict["all right"] for verdict in verdicts]
-    return dict(job=job, steps=steps, scores=scores, seconds=spent)
+    seconds = time.perf_counter() - start
+    right = lambda n, new: data.right(students[n], 200, new, steps=n)["all right"]
+    scores = {str(n): [right(n, False), right(n, True)] for n in students}
+    return dict(scores=scores, seconds=seconds)
 
 
 def table(runs: list[dict]) -> str:
@@ -57,7 +54,7 @@ def run(
         raise ValueError(f"{checkpoint} is of {teacher.config['dataset']}, not of shapes")
     checksum, steps = f"{digest(teacher.network):08x}", preset("shapes student")["steps"]
     jobs = [(checksum, name, lr, 0) for name in ("teacher", *METHODS)]
-    work = partial(painted, steps=steps, checkpoint=checkpoint)
+    work = partial(painted, checkpoint=checkpoint)
     runs = run_missing(out, jobs, work, steps, {"scores", "seconds"})
     print("all right, of 200 captions of seen and 200 of unseen pairs, by evaluations:\n")
     print(table(runs))

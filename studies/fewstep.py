@@ -6,7 +6,6 @@ All learn from the same teacher, with equal numbers of its evaluations, of rows 
 first seed tries five learning rates a method; the other seeds take the best of them. A method is
 left out where its sampler cannot use so few evaluations."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -44,66 +43,58 @@ UNTRAINED = {  # name: (solver, the power of its times i/n)
 }
 
 
-def few_steps(field: Field, noise: Tensor, solver: str, power: float, steps: int) -> Tensor:
+# ---- A run: of the ring or the grid, judged by the exact field
+def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor) -> Tensor:
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
     if solver in SOLVERS:
         return solve(field, noise, times=times, method=solver)
     return multistep(field, noise, times, solver)
 
 
-# ---- A run: of the ring or the grid, judged by the exact field
 def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     """A toy model as `train.py` trains it, kept in `out`."""
-    data = Toy(Toy.Options(mixture))
-    file = run_file(out, (mixture, seed)).with_suffix(".pt")
+    data, file = Toy(Toy.Options(mixture)), run_file(out, (mixture, seed)).with_suffix(".pt")
     recipe = Recipe(**preset("toy2d") | {"seed": seed})
+    objective = formulation(recipe.formulation)
     if not file.exists():
-        model = learned(None, data, formulation(recipe.formulation), recipe)
-        save(file, model.network.state_dict())
-    network = Toy.network(data.spec(), recipe).requires_grad_(False)
+        save(file, learned(None, data, objective, recipe).network.state_dict())
+    network = data.network(data.spec(), recipe).requires_grad_(False)
     load_weights(network, torch.load(file, weights_only=True), file)
-    return Sampler(network, formulation(recipe.formulation), vars(recipe) | {"spec": data.spec()})
+    return Sampler(network, objective, vars(recipe) | {"spec": data.spec()})
 
 
-@torch.no_grad()
 def judged(draw: Callable[[Tensor], Tensor], mixture: str) -> dict[str, float]:
     scores = yardsticks(draw, load_mixture(mixture))
     return {key: scores[key] for key in ("energy", "outliers")}
 
 
-def untrained(job: tuple[str, str, int], steps: int, out: File) -> dict:
+def untrained(mixture: str, _: str, seed: int, steps: int, out: File) -> dict:
     """The run (mixture, "teacher", seed): {solver: {evaluations: scores}} of the teacher, and its
     energy distance in 50 steps of Heun, where the solver's error is small."""
-    torch.set_num_threads(1)
-    mixture, _, seed = job
     field, scores = flow(teacher_of(mixture, seed, out)), {}
     for name, (solver, power) in UNTRAINED.items():
         stages = len(SOLVERS[solver][0]) if solver in SOLVERS else 1  # evaluations of a step
-        draw = lambda n: partial(few_steps, field, solver=solver, power=power, steps=n // stages)
+        draw = lambda n: partial(solved, field, solver, power, n // stages)
         scores[name] = {str(n): judged(draw(n), mixture) for n in COUNTS if n % stages == 0}
-    floor = judged(partial(few_steps, field, solver="heun", power=1, steps=50), mixture)["energy"]
-    return dict(job=job, steps=steps, scores=scores, floor=floor)
+    floor = judged(partial(solved, field, "heun", 1, 50), mixture)["energy"]
+    return dict(scores=scores, floor=floor)
 
 
-def trained(job: tuple[str, str, float, int], steps: int, out: File) -> dict:
+def trained(mixture: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
     """The run (mixture, method, learning rate, seed): {evaluations: scores}, seconds of training,
     and 1,000 samples in the fewest evaluations."""
-    torch.set_num_threads(1)
-    mixture, name, lr, seed = job
     teacher, data = teacher_of(mixture, seed, out), Toy(Toy.Options(mixture))
     recipe = preset("toy2d") | preset("toy2d student")
     recipe |= dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
     start = time.perf_counter()
     students = METHODS[name].train(teacher, data, Recipe(**recipe))
-    spent, scores = time.perf_counter() - start, {}
-    for n, model in students.items():
-        fresh = torch.Generator().manual_seed(1000 + seed)  # of samplers that draw
-        draw = partial(model.sample, steps=n, generator=fresh)
-        scores[str(n)] = judged(draw, mixture)
-    n, model = next(iter(students.items()))
-    noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-    x0 = model.sample(noise, steps=n, generator=fresh).tolist()
-    return dict(job=job, steps=steps, scores=scores, seconds=spent, samples=x0)
+    seconds = time.perf_counter() - start
+    generator = lambda seed: torch.Generator().manual_seed(seed)
+    # some samplers draw
+    draw = lambda n: partial(students[n].sample, steps=n, generator=generator(1000 + seed))
+    scores = {str(n): judged(draw(n), mixture) for n in students}
+    samples = draw(min(students))(torch.randn(1000, 2, generator=generator(0)))
+    return dict(scores=scores, seconds=seconds, samples=samples.tolist())
 
 
 # ---- The tables and the picture
@@ -121,16 +112,16 @@ def cells(scores: Sequence[dict]) -> list[str]:
     return energies + outliers
 
 
-def table(bases: list[dict], runs: list[dict]) -> str:
+def table(teachers: list[dict], runs: list[dict]) -> str:
     heads = "outliers in 1", "in 4", "lr", "seconds", "pairs", "holds"
     rows = [["method", *map(str, COUNTS), *heads]]
     for name in UNTRAINED:
-        rows.append([name, *cells([run["scores"][name] for run in bases]), *"––––"])
+        rows.append([name, *cells([run["scores"][name] for run in teachers]), *"––––"])
     pairs = f"{pair_count(runs[0]['steps'], preset('toy2d student')['batch_size']):,}"
     for name, method in METHODS.items():
         seeds = [run for run in runs if run["job"][1] == name]
         lr, seconds = seeds[0]["job"][2], min(run["seconds"] for run in seeds)  # least disturbed
-        costs = f"{lr:g}", f"{seconds:.0f}", pairs if method.pairs else "–", method.holds
+        costs = f"{lr:g}", f"{seconds:.0f}", pairs if method.pairs else "–", method.networks
         rows.append([name, *cells([run["scores"] for run in seeds]), *costs])
     return markdown(*rows)
 
@@ -139,26 +130,38 @@ def draw(runs: list[dict], mixture: str):
     """Draw the samples of these students in their fewest evaluations, from the same noise."""
     truth, generator = load_mixture(mixture), torch.Generator().manual_seed(0)
     scene, colours = scene_of(truth), hues(torch.randn(1000, 2, generator=generator))
-    data, _ = truth.sample(1000, generator)
-    panels = [Canvas(scene, 260).glow(0).points(data, [WARM] * 1000, 3).done("the data")]
+    panel = lambda x, colours, label: Canvas(scene, 260).glow(0).points(x, colours, 3).done(label)
+    panels = [panel(truth.sample(1000, generator)[0], [WARM] * 1000, "the data")]
     for run in runs:
-        x = torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9)
         n = next(iter(run["scores"]))
         label = f"{run['job'][1]}: {'1 step' if n == '1' else f'{n} steps'}"
-        panels.append(Canvas(scene, 260).glow(0).points(x, colours, 3).done(label))
+        panels.append(panel(torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9), colours, label))
     return tile([panels[:7], panels[7:]])
 
 
-def report(mixture: str, bases: list[dict], scan: list[dict], runs: list[dict], out: File) -> None:
+def study(mixture: str, seeds: int, steps: int, out: File) -> None:
+    """Make the runs of a mixture, print its tables and draw its picture."""
+    # teachers
+    jobs = [(mixture, "teacher", seed) for seed in range(seeds)]
+    teachers = run_missing(out, jobs, partial(untrained, out=out), steps, {"scores", "floor"})
+    # scans on the first seed
+    work, keys = partial(trained, out=out), {"scores", "seconds", "samples"}
+    rates = [(name, method.lr * factor) for name, method in METHODS.items() for factor in FACTORS]
+    scan = run_missing(out, [(mixture, *rate, 0) for rate in rates], work, steps, keys)
+    scans = {name: [run for run in scan if run["job"][1] == name] for name in METHODS}
+    # the best rates on all seeds
+    best = [min(group, key=energy)["job"][:3] for group in scans.values()]
+    jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
+    runs = run_missing(out, jobs, work, steps, keys)
     print(f"\n{mixture}: energy distance above the exact field's, by evaluations\n")
-    print(table(bases, runs))
-    floor = mean_and_error([base["floor"] for base in bases], ".1e")
+    print(table(teachers, runs))
+    floor = mean_and_error([run["floor"] for run in teachers], ".1e")
     print(f"\nThe teachers themselves have {floor} in 50 steps of Heun.")
     print(f"\n{mixture}: the scans, in the fewest evaluations; times the middle one\n")
     rows = [["method", "middle", *(f"{factor:g}" for factor in FACTORS)]]
-    for name, method in METHODS.items():
-        values = [energy(run) for run in scan if run["job"][1] == name]
-        rows.append([name, f"{method.lr:g}", *(number(v, ".1e") for v in values)])
+    for name, group in scans.items():
+        values = [number(energy(run), ".1e") for run in group]
+        rows.append([name, f"{METHODS[name].lr:g}", *values])
     print(markdown(*rows))
     file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
     draw(runs[: len(METHODS)], mixture).save(file)
@@ -173,23 +176,8 @@ def run(
 ) -> None:
     for mixture in mixtures:
         load_mixture(mixture)
-    # teachers
-    jobs = [(m, "teacher", s) for m in mixtures for s in range(seeds)]
-    work = partial(untrained, steps=steps, out=out)
-    bases = run_missing(out, jobs, work, steps, {"scores", "floor"})
-    # scans on the first seed
-    work, keys = partial(trained, steps=steps, out=out), {"scores", "seconds", "samples"}
-    rates = {name: [method.lr * factor for factor in FACTORS] for name, method in METHODS.items()}
-    jobs = [(m, name, lr, 0) for m in mixtures for name in METHODS for lr in rates[name]]
-    scans = run_missing(out, jobs, work, steps, keys)
-    # the best rates on all seeds
-    groups = itertools.groupby(scans, key=lambda run: run["job"][:2])  # neighbours are one scan
-    best = [min(group, key=energy)["job"][:3] for _, group in groups]
-    jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
-    runs = run_missing(out, jobs, work, steps, keys)
     for mixture in mixtures:
-        of_mixture = lambda runs: [run for run in runs if run["job"][0] == mixture]
-        report(mixture, of_mixture(bases), of_mixture(scans), of_mixture(runs), out)
+        study(mixture, seeds, steps, out)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_conditions_tell_captions_apart_and_the_bag_is_coarse():
 
 def test_unseen_pairs_never_occur_in_training():
     assert len(UNSEEN) == 6 and {colour for colour, _ in UNSEEN} == set(shapes.COLOURS)
-    rows = torch.cat([Shapes._examples(200, seeded(i))[1] for i in range(20)])
+    rows = torch.cat([Shapes.examples(200, seeded(i))[1] for i in range(20)])
     named = [CAPTIONS[[*CAPTIONS][row]][1] for row in shapes.rows_of(rows).tolist()]
     assert not {pair for objects in named for pair in objects} & UNSEEN
     assert {pair for objects in named for pair in objects} == set(PAIRS) - UNSEEN
@@ -186,7 +186,7 @@ def test_verdicts_by_hand():
 
 
 def test_both_conditions_are_dropped_together():
-    cond = Shapes._examples(4000, seeded())[1:]
+    cond = Shapes.examples(4000, seeded())[1:]
     null = [torch.zeros(8, 24), torch.zeros(16)]
     context, pooled = Shapes(Shapes.Options()).drop(cond, null, 0.1, seeded(1))
     gone = (context == 0).flatten(1).all(1)

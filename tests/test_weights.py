@@ -192,10 +192,20 @@ def test_fine_tuning_starts_from_the_released_weights(
     assert not same(learn(monkeypatch, tmp_path / "other", *flags, lr=1e-3).network, tuned.network)
     again = learn(monkeypatch, tmp_path / "again", "--init", tmp_path / "other" / "checkpoint.pt")
     assert same(again.network, sample.load(tmp_path / "other" / "checkpoint.pt").network)
-    run(monkeypatch, "--resume", "--steps", 3, "--out", tmp_path / "one")
+    seen, train_ = [], train.train
+    spy = lambda state, *rest: (seen.append(state.network.null_cond), train_(state, *rest))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", spy)
+        run(patch, "--resume", "--steps", 3, "--out", tmp_path / "one")
+    for null, empty in zip(*seen, text.load(sd3_folder)([""]), strict=True):
+        torch.testing.assert_close(null, empty[0], rtol=1e-2, atol=1e-3)  # not zeros
     checkpoint = tmp_path / "one" / "checkpoint.pt"
-    assert sample.load(checkpoint).step == 3
-    flags = ["--prompt", "a cat", "--size", 24, "--steps", 2, "--out", tmp_path / "x.npz"]
+    tuned = sample.load(checkpoint)
+    assert tuned.step == 3
+    with pytest.raises(ValueError, match="guided away from no text"):
+        tuned.guided(2.0)
+    flags = ["--prompt", "a cat", "--size", 24, "--steps", 2, "--cfg", 2]
+    flags += ["--out", tmp_path / "x.npz"]
     run(monkeypatch, checkpoint, *flags, main=sample.main)
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (1, 24, 24, 3)
 

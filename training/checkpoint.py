@@ -7,7 +7,6 @@ configuration and shapes are checked before anything of its sizes is allocated. 
 import os
 import pickle
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path as File
@@ -16,6 +15,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
+from data.base import checksum
 from data.cifar10 import Cifar10
 from data.latents import Latents
 from data.shapes import Shapes
@@ -80,8 +80,8 @@ def read(path: str | File, expected: str = "checkpoint") -> dict:
 
 
 def check(content: dict, expected: str) -> None:
-    """An error of any type where the configuration is not one that `configure.py` makes, or where
-    its network has other shapes than the stored weights. Nothing of these sizes is allocated."""
+    """An error of any type where `configure.py` makes no such configuration, or its network has
+    other shapes than the stored weights. Nothing of these sizes is allocated."""
     config, known = content["config"], names(Recipe) | CONFIG
     if fault := misfit(config["teacher"], str | None):
         raise ValueError(f"teacher {fault}")
@@ -112,10 +112,7 @@ def check(content: dict, expected: str) -> None:
 
 def digest(network: nn.Module) -> int:
     """A checksum of the weights, by which a resumed student knows its teacher."""
-    crc = 0
-    for w in network.state_dict().values():
-        crc = zlib.crc32(w.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
+    return checksum(network.state_dict().values())
 
 
 def load_weights(network: nn.Module, state: dict, origin: str | File, assign=False) -> None:

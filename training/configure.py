@@ -24,15 +24,13 @@ OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights ke
 def make_parser(description: str) -> Parser:
     """The flags of train.py, and beneath them the whole table of defaults."""
     rows = {"every run": vars(Recipe()), **PRESETS}
-    lines = [
-        textwrap.fill(f"{row}: {', '.join(f'{k} {v}' for k, v in values.items())}", 100,
-                      subsequent_indent="    ")
-        for row, values in rows.items()
-    ]  # fmt: skip
+    wrap = textwrap.TextWrapper(100, subsequent_indent="    ").fill
+    said = lambda values: ", ".join(f"{key} {value}" for key, value in values.items())
+    lines = [wrap(f"{row}: {said(values)}") for row, values in rows.items()]
     epilog = "\n".join(["defaults, and what a data set, an option or a student changes:", *lines])
     layout = argparse.RawDescriptionHelpFormatter
-    # two data sets may share a flag
-    parser = Parser(None, None, description, epilog, [], layout, conflict_handler="resolve")
+    shared = "resolve"  # two data sets may share a flag
+    parser = Parser(None, None, description, epilog, [], layout, conflict_handler=shared)
     add = parser.add_argument
     add("--dataset", help=f"one of {', '.join(DATASETS)} (default: toy2d)")
     for name in OBJECTIVES:
@@ -51,9 +49,9 @@ def make_parser(description: str) -> Parser:
 
 
 def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
-    """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags
-    that were given. load(model, device) reads a teacher or the model to fine-tune. The folder is
-    locked until `held` is closed. ValueError on bad flags."""
+    """(configuration, folder, the checkpoint to go on from, the model to start from) of the given
+    flags. load(model, device) reads a teacher or the model to fine-tune; `held` holds the folder's
+    lock. ValueError on bad flags."""
     objective = next((name for name in OBJECTIVES if name in given), None)
     teacher, init, resume = given.get(objective), given.get("init"), bool(given.get("resume"))
     if init and (teacher or resume):
@@ -117,10 +115,9 @@ def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitSt
 def compose(
     flags: dict, data_set: str, objective: str | None, known: dict, origin: str, resume: bool
 ) -> dict:
-    """The configuration as plain values: the fields of Recipe and of both Options, dataset,
-    objective and spec. `known` are the values of its origin: the run that is resumed, a student's
-    teacher, or the model that is fine-tuned, of which only the network's are kept. The rows of
-    `PRESETS` change them, then the flags. ValueError names a flag that may not change them."""
+    """The fields of Recipe and of both Options, dataset, objective and spec. `known` are the values
+    of the origin: a resumed run, a teacher, or a model to fine-tune, of which only the network's
+    are kept. `PRESETS` change them, then the flags. ValueError names one that may not."""
     if data_set not in DATASETS:
         raise ValueError(f"unknown data set {data_set!r}; choose from {', '.join(DATASETS)}")
     data_class, student_class = DATASETS[data_set], OBJECTIVES.get(objective)
@@ -151,10 +148,10 @@ def compose(
 
 
 def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
-    """The spec of the data, after a comparison with the one of the run's origin. `agree` says what
-    must be equal: "all" of it (resume); the "shape" and the classes (a teacher's); what the
-    "network" is built of (--init), whose classes and sizes may be others. A released network takes
-    any size, and its shape is kept. ValueError names what differs."""
+    """The spec of the data, compared with that of the run's origin. `agree` says what is equal:
+    "all" (resume); the "shape" and the classes (a teacher's); what the "network" is built of, whose
+    classes and sizes may be others (--init). A released network takes any size, and its shape is
+    kept. ValueError names what differs."""
     known = known or spec
     released = known.get("released")
     if "released" in spec:
@@ -164,9 +161,7 @@ def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
         keys |= {"shape", "classes"}
     if released:
         keys -= {"shape", "context"}
-    differ = [
-        key for key in spec if spec[key] != known.get(key) and (agree == "all" or key in keys)
-    ]
+    differ = [k for k in spec if (agree == "all" or k in keys) and spec[k] != known.get(k)]
     if agree == "network" and not released and spec["shape"][0] != known["shape"][0]:
         differ.append("shape")
     if differ:

@@ -134,7 +134,7 @@ class Run:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[File]:
-        """The folder to draw into. Ranks but 0 get one that is removed, and print nothing."""
+        """The folder to draw into. Ranks above 0 get one that is removed later, and print nothing."""
         if self.rank == 0:
             yield self.out
             return

@@ -104,8 +104,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(words: str) -> dict[str, Any]:
-    """The changes of all rows whose words are among these, as in preset("toy2d student"). Students
-    have the rows with "student", other runs the rows without."""
+    """The changes of all rows whose words are among these: preset("toy2d student"). Only students
+    have the rows with "student", and no others."""
     given, changes = set(words.split()), {}
     for row, values in PRESETS.items():
         row_words = set(row.split())
@@ -119,8 +119,7 @@ def names(cls: type) -> set[str]:
 
 
 def pick(cls: type, values: dict) -> Any:
-    """The dataclass with those values that are its fields. ValueError where one has another type
-    or is out of range, as in a damaged checkpoint."""
+    """The dataclass with those values that are its fields. ValueError where one is no good."""
     types = {field.name: field.type for field in fields(cls) if field.name in values}
     for name, annotation in types.items():
         if fault := misfit(values[name], annotation):
@@ -173,8 +172,7 @@ def parse(expected: Any, bounds: Sequence[float], text: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: Any, content: str) -> Iterator[None]:
-    """Any error while a user's file is read becomes a ValueError of one line. The libraries that
-    read damaged files raise errors of many types."""
+    """Any error while a user's file is read, of many types, becomes a ValueError of one line."""
     try:
         yield
     except OSError as error:
@@ -187,13 +185,12 @@ def reading(path: Any, content: str) -> Iterator[None]:
 
 
 def no_memory(error: Exception) -> bool:
-    """Whether this error means too little memory: Python's, or PyTorch's of a GPU or a CPU."""
     words = "out of memory", "allocate memory"
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that makes flags of options. An error is one line, with status 2."""
+    """It makes flags of options. An error is one line, with status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -214,7 +211,6 @@ class Parser(argparse.ArgumentParser):
             self.exit(128 + signal.SIGINT, f"{self.prog}: stopped\n")
 
     def add_options(self, of: Callable, title: str, defaults: bool = True) -> None:
-        """The flags of a dataclass or function."""
         group = self.add_argument_group(title)
         for name, option in inspect.signature(of).parameters.items():
             if get_origin(option.annotation) is not Annotated:
@@ -229,17 +225,16 @@ class Parser(argparse.ArgumentParser):
                 settings = {"choices": get_args(expected)}
             elif list in map(get_origin, (expected, *get_args(expected))):  # or list[X] | None
                 settings |= {"nargs": "+", "action": "extend"}
-            has_default = option.default is not option.empty
-            is_flag = has_default or option.kind is option.KEYWORD_ONLY
-            if has_default and defaults and option.default not in (None, False):
+            required = option.default is option.empty
+            is_flag = not required or option.kind is option.KEYWORD_ONLY
+            if is_flag:
+                settings["required"] = required
+            if defaults and option.default not in (None, False, option.empty):
                 text += f" (default: {option.default})"
-            elif is_flag and not has_default:
-                settings["required"] = True
             flag = "--" + name.replace("_", "-") if is_flag else name
             group.add_argument(flag, help=text.replace("%", "%%"), **settings)
 
     def given(self) -> dict:
-        """The options that the command line gives."""
         return {key: value for key, value in vars(self.parse_args()).items() if value is not None}
 
 

@@ -5,11 +5,10 @@ all weights, gradients, moments and averages (FSDP2); a block's weights are whol
 computes. Both learn the same from the same draws and leave the same checkpoint.
 Read next: `data/base.py`, what a run learns, or `train.py`, which calls all of this."""
 
-import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
@@ -70,13 +69,12 @@ def join(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # an hour, as the other ranks wait while rank 0 evaluates, draws and saves
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    timeout = timedelta(hours=1)  # the others wait while rank 0 evaluates, draws and saves
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def meet() -> None:
-    """Wait until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -95,16 +93,15 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def add_up(model: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass adds up the gradients of all ranks: the last one of a step
-    does. With --shard all do, because a rank has no room for whole gradients."""
+    """Whether the next backward pass adds up the gradients of all ranks: the last of a step does.
+    With --shard all do, because a rank has no room for whole gradients."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The blocks of the MM-DiT, or DiT, that it is or holds. Another network has none."""
-    networks = [module for module in network.modules() if isinstance(module, MMDiT)]
-    return [block for mmdit in networks for block in mmdit.joint_blocks]
+    return [b for part in network.modules() if isinstance(part, MMDiT) for b in part.joint_blocks]
 
 
 def compile_blocks(network: nn.Module) -> None:
@@ -124,25 +121,13 @@ def is_sharded(network: nn.Module) -> bool:
     return is_share(next(network.parameters(), None))
 
 
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Networks that are built in here have weights with a shape and no values; buffers are real."""
-    meta = lambda module, name, w: w if w is None else nn.Parameter(w.to("meta"), w.requires_grad)
-    hook = register_module_parameter_registration_hook(meta)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def sharded(
     build: Callable[[], nn.Module], device: torch.device, bf16: bool, start: nn.Module | None = None
 ) -> nn.Module:
     """The network of build(), shared over all ranks, with the weights of `start` or, drawn layer by
-    layer, those that build() would have drawn: no rank ever holds the whole.
-    In bf16 a block's weights are rounded before they travel, which halves the traffic. The rest is
-    autocast's, as without --shard: FSDP's own mixed precision would keep the residual stream, too,
-    in bf16."""
+    layer, those that build() would have drawn: no rank ever holds the whole. In bf16 a block's
+    weights are rounded before they travel, which halves the traffic. The rest is autocast's, as
+    FSDP's own mixed precision would keep the residual stream, too, in bf16."""
     if ranks()[1] == 1:
         raise ValueError("--shard is for several ranks: torchrun --nproc_per_node N train.py ...")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # of torch 2.6 and newer
@@ -150,7 +135,9 @@ def sharded(
     policy = MixedPrecisionPolicy(
         torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False
     )
-    with on_meta():
+    # it is built with weights that have a shape and no values; buffers are real
+    meta = lambda module, name, w: w if w is None else nn.Parameter(w.to("meta"), w.requires_grad)
+    with register_module_parameter_registration_hook(meta):
         network = build()
     for block in blocks_of(network):
         fully_shard(block, mp_policy=policy)
@@ -165,8 +152,7 @@ def sharded(
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Draw what the constructor draws, in its order: a layer's own start, children first, then an
-    MM-DiT's."""
+    """Draw what the constructor draws, in its order: children first, an MM-DiT's start last."""
     for child in module.children():
         initialize(child)
     if hasattr(module, "reset_parameters"):
