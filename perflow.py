@@ -23,10 +23,9 @@ class PeRFlow(rf.Objective):
     windows: K of equal width, or their edges 0 = t_0 < ... < t_K = 1. K = 1 is plain reflow.
     evaluations: of the teacher in one solve, over one window, whatever the method: 8 Euler, 4 Heun
         or 2 RK4 steps, rounded up to whole steps. The default is the paper's.
-    parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1.
-        Any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`.
-        "epsilon", where the student is an eps-network, on the linear paths (LDM, DDPM); then
-        the teacher is `formulation.velocity(network)` on `formulation.path`.
+    parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1:
+        any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`. Or
+        "epsilon", an eps-network on a linear path (LDM, DDPM), with `formulation.velocity(network)`.
     times: the number of discrete times in a window; None or 0 draws t from all of it.
     method, reuse: ours where they are not "euler" and 1.
     formulation: of the student's network, where it predicts something else than a velocity on rf.
@@ -61,7 +60,8 @@ class PeRFlow(rf.Objective):
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
         self.discrete_times = self.grid(self.windows * (times or 1))[:-1]  # (N,), from 1 down
         self.fewest = self.windows  # steps in which `sample` works
-        self._flow = Formulation("a velocity field on the path", path, "velocity")
+        # a velocity field on this path as a formulation, which `rectified` writes on the RF path
+        self._flow = Formulation("a velocity field", path, "velocity")
         a, b, _, _ = path.coefficients(self.edges[-1])
         advice = "use velocity, with formulation.rectified(network) on RectifiedFlow()"
         if parameterization == "epsilon" and (a == 0 or not b.isfinite()):
@@ -97,9 +97,7 @@ class PeRFlow(rf.Objective):
         """(z_start, z_end): a x0 + b eps at t_k, and Phi(z_start), where the teacher carries it.
         Phi solves dz~ = (eps_hat - x0_hat) dt~, the teacher as a flow on the RF path, in equal
         steps of t~ = b/(a+b), with z~ = z/(a+b). On the RF path this is dz = v dt itself, and with
-        Euler steps it is DDIM on variance-preserving ones. (Steps in t would be bad on the linear
-        paths, whose b' is large near t = 0.) A stage of the solver calls the teacher once, whatever
-        windows the batch lies in."""
+        Euler steps it is DDIM on variance-preserving ones. All windows are solved in one batch."""
         (a_s, b_s, _, _), (a_e, b_e, _, _) = map(self.path.coefficients, self.window(t))
         z_start = expand(a_s, x0) * x0 + expand(b_s, x0) * eps
         ends = {"t_start": b_s / (a_s + b_s), "t_end": b_e / (a_e + b_e)}
@@ -176,13 +174,12 @@ class PeRFlow(rf.Objective):
     def grid(self, steps: int) -> Tensor:
         """The sampler's times, (steps + 1,) float64 from 1 to 0: spread evenly over the windows,
         the remainder to the noisiest. Every edge is in it, so no step crosses one."""
-        each, more = divmod(steps, self.windows)
+        K, (each, more) = self.windows, divmod(steps, self.windows)
         if each < 1:
-            few = f"{steps} steps are too few for {self.windows} windows"
-            raise ValueError(f"{few}: each needs at least one")
+            raise ValueError(f"{steps} steps are too few for {K} windows: each needs at least one")
         grid = [self.edges[-1:]]
-        for k in range(self.windows, 0, -1):
-            n = each + (k > self.windows - more)
+        for k in range(K, 0, -1):
+            n = each + (k > K - more)
             w = torch.arange(1, n + 1, dtype=torch.float64) / n
             grid.append((1 - w) * self.edges[k] + w * self.edges[k - 1])
         return torch.cat(grid)
@@ -204,9 +201,7 @@ class PeRFlow(rf.Objective):
         return rf.solve(self.velocity(student), z, *cond, steps=steps, times=times)
 
     # ---- What we add: solves that serve several draws of t, and a guard
-    def _reused(
-        self, z_start: Tensor, z_end: Tensor, t: Tensor, *cond: Tensor, generator: Generator
-    ) -> tuple[Tensor, ...]:
+    def _reused(self, z_start: Tensor, z_end: Tensor, t: Tensor, *cond, generator) -> Rows:
         """Ours: a solve, the costly part, serves `reuse` draws of t in its window. Rows i, B + i,
         ... share one, so B rows one after the other never meet it twice. And from far noise a solve
         can run away; one such row would ruin the training: the first good row replaces it."""

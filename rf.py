@@ -67,8 +67,8 @@ def gaussian_like(x0: Tensor, generator: Generator = None) -> Tensor:
 class Path:
     """(2): z_t = a_t x0 + b_t eps, eps ~ N(0, I), from data at t = 0 to noise at t = 1.
     A path is its coefficients (a, b, a', b') at t, and time(log_snr), the t in [0, 1] that has this
-    log-SNR; everything else follows. Training draws t inside [t_min, t_max] and sampling starts at
-    t_max. All functions of t keep its shape."""
+    log-SNR; everything else follows. Training draws t inside [t_min, t_max], and the default `grid`
+    runs from t_max to t_min. All functions of t keep its shape."""
 
     t_min, t_max = 0.0, 1.0
 
@@ -158,8 +158,8 @@ def constants(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor
 class LDMLinear(Path):
     """LDM-linear: a_t = sqrt(prod_{s<=t} (1 - beta_s)), b_t = sqrt(1 - a_t^2), T = 1000 steps.
     t in [0, 1] is index (T - 1) t of the table. log a^2 is linear between entries; a' jumps at each
-    entry. The noise is never pure, a_1 = 0.0683, and the data are never quite clean, b_0 = 0.029:
-    the last sampling step returns x0_hat."""
+    entry. Noise is never pure, a_1 = 0.0683, nor are data quite clean, b_0 = 0.029: the last
+    sampling step returns x0_hat."""
 
     # beta_t = (sqrt(beta_0) + t/(T-1) (sqrt(beta_{T-1}) - sqrt(beta_0)))^2
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -362,9 +362,7 @@ class Objective:
         output = field(z_in, t, *cond)
         return (output.to(target.dtype) - target).square().mean()
 
-    def loss(
-        self, network: Field, x0: Tensor, *cond: Tensor, generator: Generator = None
-    ) -> Tensor:
+    def loss(self, network: Field, x0: Tensor, *cond, generator: Generator = None) -> Tensor:
         """`rows_loss` on fresh `examples` of x0 (B,...): a scalar."""
         return self.rows_loss(network, network, self.examples(x0, *cond, generator=generator))
 
@@ -458,9 +456,8 @@ class Formulation(Objective):
         return lambda z, t, *cond: self.path.derivative(*ends(z, t, *cond), t)
 
     def rectified(self, network: Field) -> Field:
-        """The same network as a velocity field v(z, t, *cond) = eps_hat - x0_hat on the RF path.
-        A z on this path is the point z/(a+b) of the RF path, at its time b/(a+b). Beyond
-        [t_min, t_max] the network is asked at the nearer end."""
+        """The same network as a velocity field v(z, t, *cond) = eps_hat - x0_hat on the RF path,
+        whose point z/(a+b) at b/(a+b) is z here. Beyond [t_min, t_max] it is asked at the end."""
         if self.prediction == "velocity" and isinstance(self.path, RectifiedFlow):
             return network  # it is one
         ends = self.ends(network)

@@ -66,15 +66,6 @@ class Sampler:
         dropped = self.config.get("dropout", 1)
         return tuple(getattr(self.network, "null_cond", ())) if dropped else ()
 
-    def adopt(self, config: dict, empty: Sequence[Tensor] | None) -> None:
-        """Become the teacher of the student of this configuration: on its data, guided as it asks,
-        away from the encoding of no text where the data have one."""
-        self.config["spec"] = config["spec"]  # a released one draws other sizes, too
-        if empty:
-            self.network.null_cond = empty
-        if config.get("teacher_cfg", 1.0) != 1:
-            self.cfg = config["teacher_cfg"]
-
     @property
     def released(self) -> bool:
         """Whether this is SD3 as released, or fine-tuned from it."""
@@ -161,8 +152,8 @@ def load_released(path: str, device: torch.device) -> Sampler:
     Its times are ours, the uniform ones shifted once. diffusers' grid is another: it shifts its
     smallest sigma twice and ends with a step from 0.009 to 0."""
     spec, state = weights.read_released(path)
-    gpu = device.type == "cuda"
-    precision, dtype = ("bf16", torch.bfloat16) if gpu else ("fp32", torch.float32)
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     state = {key: w.to(dtype) for key, w in state.items()}
     check_memory("the network", sum(w.nbytes for w in state.values()), device)
     depth = len(state["x_embedder.proj.bias"]) // HEAD_DIM
@@ -183,8 +174,8 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
     student = delta["config"]
     if config["objective"]:
         raise ValueError(f"this model is a student already: {file} would be added twice")
-    if config["formulation"] != student["formulation"]:
-        theirs, ours = student["formulation"], config["formulation"]
+    theirs, ours = student["formulation"], config["formulation"]
+    if theirs != ours:
         raise ValueError(f"{file} is of a {theirs}, not of a {ours}")
     with reading(file, "delta of this model"):
         plug(sampler.network, delta["delta"])

@@ -163,8 +163,7 @@ def load_mixture(name: str) -> GaussianMixture:
 class MLP(nn.Module):
     """Three hidden layers of 64: forward(z (B,2), t (B,)[, labels (B,)]) -> (B,2).
     t enters as sin and cos of pi k t, k = 1..3. z enters times 6, so that the first layer resolves
-    the modes. With `classes` > 0 a learned vector for each class, and one for the null label
-    `classes`, joins the first layer."""
+    the modes. With classes a learned vector of each, and of the null label, joins the first layer."""
 
     def __init__(self, classes: int = 0, width: int = 64, frequencies: int = 3):
         super().__init__()
@@ -213,12 +212,13 @@ def relative_excess(
     network can learn away, so the best answer to the target of (8) is its mean given z."""
     generator, path = torch.Generator().manual_seed(seed), formulation.path
     x0, labels = mixture.sample(n, generator)
-    labels, eps = [labels] * conditional, torch.randn(n, 2, generator=generator)
+    cond, eps = [labels] if conditional else [], torch.randn(n, 2, generator=generator)
     w = (torch.arange(n) + torch.rand(n, generator=generator)) / n  # stratified: less noise
     t = path.t_min + (path.t_max - path.t_min) * w
     z, _ = formulation.pair(x0, eps, t)
-    _, best = formulation.pair(*mixture.ends(path.interpolate(x0, eps, t), t, path, *labels), t)
-    return ((network(z, t, *labels) - best).square().mean() / best.square().mean()).item()
+    ends = mixture.ends(path.interpolate(x0, eps, t), t, path, *cond)
+    _, best = formulation.pair(*ends, t)
+    return ((network(z, t, *cond) - best).square().mean() / best.square().mean()).item()
 
 
 def sample_metrics(x: Tensor, data: Tensor, mixture: GaussianMixture) -> dict[str, float]:
@@ -233,13 +233,13 @@ def sample_metrics(x: Tensor, data: Tensor, mixture: GaussianMixture) -> dict[st
 @lru_cache(maxsize=8)
 @torch.no_grad()
 def reference(mixture: GaussianMixture, seed: int, n: int = 10_000, conditional: bool = False):
-    """What a sampler meets on a noise seed: data, labels and noise, (n,...), and the metrics of the
-    exact field from this noise in 50 Heun steps."""
+    """What a sampler meets on a noise seed: data (n,2), conditions, noise (n,2), and the metrics of
+    the exact field from this noise in 50 Heun steps."""
     generator = torch.Generator().manual_seed(seed)
     data, labels = mixture.sample(n, generator)
-    noise, field = torch.randn(n, 2, generator=generator), mixture.field(RectifiedFlow())
-    exact = solve(field, noise, *[labels] * conditional, steps=50, method="heun")
-    return data, labels, noise, sample_metrics(exact, data, mixture)
+    cond, noise = [labels] if conditional else [], torch.randn(n, 2, generator=generator)
+    exact = solve(mixture.field(RectifiedFlow()), noise, *cond, steps=50, method="heun")
+    return data, cond, noise, sample_metrics(exact, data, mixture)
 
 
 @torch.no_grad()
@@ -248,15 +248,15 @@ def yardsticks(
     conditional: bool = False, seeds: int = 3, n: int = 10_000,
 ) -> dict[str, float]:  # fmt: skip
     """sampler(noise (n,2)[, labels (n,)]) -> x0 against the exact field, the mean over seeds.
-    Both start at the same noise and meet the same data, so `energy` is the difference of the two
-    energy distances: most of either is multinomial noise in the modes' counts. energy_error is its
-    standard error over seeds; total_variation and outliers come with the exact field's, exact_*."""
+    Both meet the same noise and data, so `energy` is the difference of two energy distances: most
+    of either is multinomial noise in the modes' counts. energy_error is its standard error over
+    seeds; total_variation and outliers come with the exact field's, exact_*."""
     rows = []
     for seed in range(seeds):
-        data, labels, noise, exact = reference(mixture, seed, n, conditional)
-        own = sample_metrics(sampler(noise, *[labels] * conditional), data, mixture)
-        own["energy"] -= exact["energy"]
-        rows.append(own | {f"exact_{key}": value for key, value in exact.items()})
+        data, cond, noise, exact = reference(mixture, seed, n, conditional)
+        row = sample_metrics(sampler(noise, *cond), data, mixture)
+        row["energy"] -= exact["energy"]
+        rows.append(row | {f"exact_{key}": value for key, value in exact.items()})
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
     spread = np.std([row["energy"] for row in rows]) / math.sqrt(max(1, seeds - 1))
     return mean | {"energy_error": float(spread)}

@@ -235,9 +235,14 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     # objective
     teacher = start if config["teacher"] else None
     if teacher:
-        teacher.adopt(config, empty)
+        teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
+        teacher.network.null_cond = empty or teacher.network.null_cond
+        teacher.cfg = config["teacher_cfg"] if config.get("teacher_cfg", 1) != 1 else teacher.cfg
     objective = objective_of(config, teacher and teacher.guided)
-    check_batch_size(recipe, objective.reuse)
+    parts = parallel.ranks()[1] * recipe.accumulate * objective.reuse
+    if recipe.batch_size % parts:
+        of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
+        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
     # network
     parallel.join(device)
     torch.manual_seed(recipe.seed)
@@ -283,14 +288,6 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         with run.shown() as folder:
             report(sampler, data, teacher, folder)
     return outcome
-
-
-def check_batch_size(recipe: Recipe, reuse: int) -> None:
-    """ValueError where a step's examples cannot be shared out evenly."""
-    parts = parallel.ranks()[1] * recipe.accumulate * reuse
-    if recipe.batch_size % parts:
-        of = f"{parts}, which is ranks x --accumulate x {reuse} (rows of one datum)"
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
 
 
 def report(sampler: Sampler, data, teacher: Sampler | None, out: File) -> None:

@@ -63,9 +63,9 @@ def network_shape(shape: Sequence[int], **changes) -> dict:
 
 
 class Data:
-    """What all data sets share. Each adds the rest, as `Dataset` and `toy.Toy` do: examples(n,
-    generator), or batch and held_out of its own; spec and report; and, with nothing but a spec,
-    network and write. `Options` are its flags. A spec is a `Spec` as a dict, plain values."""
+    """What all data sets share. Each adds the rest: examples(n, generator), or its own batch and
+    held_out; spec and report; and, with nothing but a spec, network and write. `Options` are its
+    flags. A spec is a `Spec` as a dict: plain values, from which a network is built."""
 
     @dataclass
     class Spec:
@@ -78,14 +78,13 @@ class Data:
     null_cond: Sequence[Tensor] | None = None  # for a released network; ours take zeros
     parts: ClassVar[list | None] = None  # what training drops together, see `drop`
 
-    # ---- Of a data set that draws its examples. `Dataset` stores them
+    # Of a data set that draws its examples; `Dataset` stores them
     def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
         return [x.to(device) for x in self.examples(size, seeded(seed, n, micro, DATA))]
 
     def held_out(self, n: int) -> list[Tensor]:
         return self.examples(n, seeded(0, 0, 0, HELD_OUT))
 
-    # ---- The conditions of samples, and of what is trained
     @classmethod
     def encode(cls, spec: dict, prompts: list[str], device="cpu", t5=True) -> tuple:
         """(the conditions of these texts, null conditions or None to keep the network's)."""
@@ -102,10 +101,9 @@ class Data:
         return [labels] if classes else []
 
     def drop(self, cond: list[Tensor], null_cond, share: float, generator) -> list[Tensor]:
-        """Replace rows by the null condition: this share of them loses all conditions. Each of n
-        parts is dropped by itself, at the n-th root of the share, as SD3 drops each of its three
-        encoders at 46.4%. A part is a list of (condition, *slices of its axes); by default each
-        condition is one. A result has the dtype of its null condition, not the stored float16."""
+        """Replace rows by the null condition, in its dtype: this share of them loses all. Each of n
+        parts, a condition or [(condition, *slices of its axes), ...], is dropped by itself, at the
+        n-th root of the share: SD3 drops each of its three encoders at 46.4%."""
         parts = self.parts or [[(i,)] for i in range(len(cond))]
         result = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
         for part in parts:
@@ -168,8 +166,7 @@ class Dataset(Data):
         return checksum(self.gather(np.linspace(0, len(self.x0) - 1, 64).astype(int)))
 
     def rows(self, seed: int, n: int, size: int, micro: int = 0, micros: int = 1) -> np.ndarray:
-        """The examples (size,) of a micro-batch. The steps walk along one permutation after the
-        other: the next epoch fills the last partial batch."""
+        """The examples (size,) of a micro-batch: steps walk along one permutation after another."""
         start, N = (n * micros + micro) * size, len(self.train_rows)
         epoch, place = np.divmod(np.arange(start, start + size), N)
         order = [permutation(N, seed, e)[place[epoch == e]] for e in np.unique(epoch).tolist()]
@@ -210,9 +207,8 @@ class Dataset(Data):
 
     @classmethod
     def write(cls, spec, file: File, x0, *cond, columns=10, names=(), seed=0, device="cpu") -> File:
-        """Write a sheet (.png), with named rows for at most ten equally frequent classes; or arrays
-        (.npz) as the ADM evaluator reads them: arr_0 uint8 (n,H,W,3), then the conditions. Returns
-        the file: an .npz of latents as they are, where their VAE is missing."""
+        """Write a sheet (.png), of few classes in named rows; or arrays (.npz) as the ADM evaluator
+        reads them: arr_0 uint8 (n,H,W,3), or latents without their VAE, then the conditions."""
         images = cls.images(spec, x0, device)
         if images is None:
             images, file = x0.numpy(), file.with_suffix(".npz")
@@ -239,8 +235,7 @@ class Dataset(Data):
         self.write(self.spec(), out / "samples.png", x0, *cond, columns=8, device=model.device)
 
     def report(self, model, out: File, teacher=None) -> None:
-        """Draw samples, with guidance if the model allows it. Then compare a student with its
-        teacher from the same noise: a row of pictures for each number of steps."""
+        """Draw samples, guided where the model allows it. Compare a student with its teacher."""
         cfg = 2.0 if model.null_cond else None
         self.preview(model, out, model.objective.fewest if teacher else 50, cfg)
         if not teacher:

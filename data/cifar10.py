@@ -2,7 +2,7 @@
 
     python train.py --dataset cifar10 --data DIR --download --compile
 
-No paper trains on it here; it is the smallest real data set. Read next: `data/latents.py`."""
+Read next: `data/latents.py`."""
 
 import hashlib
 import http.client
@@ -90,7 +90,6 @@ def read_archive(path: File) -> dict[str, bytes]:
 
 
 def download(out: str | File) -> None:
-    """Fetch the official archive into the folder, unless it is there already."""
     if ranks()[1] > 1:
         raise ValueError("--download needs a single process: fetch the archive before torchrun")
     archive = File(out) / ARCHIVE

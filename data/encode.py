@@ -3,8 +3,7 @@
     python -m data.encode --images FOLDER --out DIR --vae NAME          FOLDER/CLASS/IMAGE.jpg
     python -m data.encode --images FOLDER --out DIR --text SD3_FOLDER   and their captions
 
-If it was stopped, the same call goes on. The ranks of torchrun take turns.
-Read next: `sd3/text.py`, the encoders of captions."""
+If it was stopped, the same call goes on. Read next: `sd3/text.py`, the encoders of captions."""
 
 import signal
 
@@ -47,12 +46,11 @@ def load_image(path: File, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def unreadable(path: File, size: int) -> str:
+def unreadable(path: File, size: int) -> str | None:
     try:
         load_image(path, size)
     except Exception as error:  # Pillow's readers raise errors of many types
         return f"{path} ({str(error)[:100]})"
-    return ""
 
 
 def find_images(images: File, captioned: bool) -> tuple[list[File], list[str]]:
@@ -93,8 +91,7 @@ def open_parts(out: File, shapes: dict[str, tuple], n: int):
         for name, shape in shapes.items():
             file, row = part(f"{name}.npy"), 2 * math.prod(shape)
             layout = {"descr": "<f2", "fortran_order": False, "shape": (n, *shape)}
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
+            size = os.fstat(file.fileno()).st_size
             np.lib.format.write_array_header_1_0(file, layout)
             file.flush()
             files.append((file, file.tell(), row))
@@ -110,9 +107,8 @@ def open_parts(out: File, shapes: dict[str, tuple], n: int):
             record.write(b"\1" * len(arrays[0]))
             record.flush()
 
-        done, written = np.zeros(n, bool), np.frombuffer(record.read()[:present], np.uint8)
-        done[: len(written)] = written == 1
-        yield done, write
+        written = record.read()[:present].ljust(n, b"\0")
+        yield np.frombuffer(written, np.uint8) == 1, write
         for file, *_ in files:
             os.fsync(file.fileno())
 
@@ -128,8 +124,7 @@ def finish(out: File, names: Iterable[str], n: int) -> None:
 
 
 def begin(out: File, meta: dict, null: dict[str, Tensor], labels: np.ndarray) -> None:
-    """Write what a folder has from its start: meta.json; the encoding of no text or, without text,
-    the labels. ValueError where it is whole already, or was started with other pictures."""
+    """Write meta.json, and null.npz or the labels. ValueError on a whole folder, or another's."""
     meta_file = out / "meta.json"
     if (out / "latents.npy").exists():
         raise ValueError(f"--out {out} holds latents already; another --out keeps them")
@@ -152,9 +147,7 @@ def latents_of(model, images: np.ndarray, meta: dict, device: torch.device, bf16
     return (z - meta["shift"]) * meta["scaling"]
 
 
-def read_ahead(
-    files: list[File], starts: list[int], batch_size: int, size: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def read_ahead(files: list[File], starts: list[int], batch_size: int, size: int) -> Iterator:
     """(i, uint8 (B,3,size,size)) for the batches that start at these i. Threads read the next batch
     while the caller works. ValueError names all pictures from i on that cannot be read."""
     with ThreadPoolExecutor(8) as threads:
@@ -212,24 +205,20 @@ def encode(
         meta["factor"] = factor
     else:
         meta["classes"] = classes.tolist()
-    with contextlib.ExitStack() as stack:
-        join(torch.device("cpu"))
+    join(torch.device("cpu"))
+    with locked(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            stack.enter_context(locked(out))
             begin(out, meta, null, labels)
         meet()
-        work = stack.enter_context(contextlib.ExitStack())  # ends before the lock does
-        done, write = work.enter_context(open_parts(out, shapes, len(files)))
-        starts = [*range(0, len(files), batch_size)][rank::world]
-        todo = [i for i in starts if not done[i : i + batch_size].all()]
-        pictures = read_ahead(files, todo, batch_size, size)
-        work.enter_context(contextlib.closing(pictures))
-        place, before = torch.device(device), len(starts) - len(todo)
-        for i, x in tqdm(pictures, str(out), len(starts), initial=before, unit="batch"):
-            z = latents_of(model, x, meta, place, bf16=place.type == "cuda")
-            encoded = encoder(texts[i : i + batch_size]) if text else ()
-            write(i, [z, *encoded])
-        work.close()
+        with open_parts(out, shapes, len(files)) as (done, write):
+            starts = [*range(0, len(files), batch_size)][rank::world]
+            todo = [i for i in starts if not done[i : i + batch_size].all()]
+            place, before = torch.device(device), len(starts) - len(todo)
+            with contextlib.closing(read_ahead(files, todo, batch_size, size)) as pictures:
+                for i, x in tqdm(pictures, str(out), len(starts), initial=before, unit="batch"):
+                    z = latents_of(model, x, meta, place, bf16=place.type == "cuda")
+                    encoded = encoder(texts[i : i + batch_size]) if text else ()
+                    write(i, [z, *encoded])
         meet()
         if rank == 0:
             finish(out, shapes, len(files))

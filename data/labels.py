@@ -8,10 +8,9 @@ from mmdit import HEAD_DIM, MMDiT
 
 
 class ClassMMDiT(nn.Module):
-    """An MM-DiT for labels: each class has learned context tokens and a learned pooled vector.
-    Label `classes` is the null label; with classes = 0 there is no other. A point (C,) is a latent
-    (C,1,1) with one position and patch size 1. Tokens and vectors start as N(0,1), about the scale
-    of a text encoder's output. `shape` is MMDiT's, by name."""
+    """Each class has learned context tokens and a learned pooled vector, which start as N(0,1),
+    about the scale of a text encoder's output. Label `classes` is the null label. A point (C,) is
+    a latent (C,1,1) with patch size 1. `shape` is MMDiT's, by name."""
 
     def __init__(self, classes: int, depth: int, tokens: int = 4, **shape):
         super().__init__()

@@ -25,8 +25,7 @@ TEXTS = {"context.npy": ("(N,L,D)", FLOATS), "pooled.npy": ("(N,P)", FLOATS)}
 
 
 def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
-    """A memory-mapped .npy. ValueError where it has other axes or another dtype, holds objects, or
-    has another length than its header says."""
+    """A memory-mapped .npy. ValueError on other axes or types, on objects and a wrong length."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing (`python -m data.encode` makes one)")
     with reading(path, "array of numbers"):
@@ -82,8 +81,7 @@ class Latents(Dataset):
 
         def __post_init__(self):
             super().__post_init__()
-            if self.meta:
-                self.meta = asdict(pick(Meta, self.meta))
+            self.meta = self.meta and asdict(pick(Meta, self.meta))
 
     def __init__(self, options: Dataset.Options):
         if not options.data:
@@ -186,9 +184,8 @@ def load_vae(name: str, device: str):
     words = [name] if File(name).is_dir() else name.split("/")
     place, subfolder = "/".join(words[:2]), "/".join(words[2:]) or None
     try:
-        return AutoencoderKL.from_pretrained(
-            place, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
-        ).to(device)  # no pickle; no warning
+        how = dict(use_safetensors=True, low_cpu_mem_usage=False)  # no pickle; no warning
+        return AutoencoderKL.from_pretrained(place, subfolder=subfolder, **how).to(device)
     except Exception as error:  # no network, no such name, damaged files, no device, ...
         raise ValueError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
 

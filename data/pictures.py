@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path as File
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +19,8 @@ GLOW = np.array([(13, 15, 24), (22, 32, 66), (38, 58, 112), (74, 92, 150), (128,
 Colours = Sequence[tuple[int, ...]]
 
 
-class Scene(NamedTuple):
-    """The background of points: density(z (n,2), t (n,)) -> p_t(z) (n,), on [-extent, extent]^2."""
-
-    density: Callable[[Tensor, Tensor], Tensor]
-    extent: float
+# density(z (n,2), t (n,)) -> p_t(z) (n,), and the extent: points are in [-extent, extent]^2
+Scene = tuple[Callable[[Tensor, Tensor], Tensor], float]
 
 
 class Canvas:
@@ -125,8 +121,7 @@ def draw_field(scene: Scene, learned, exact, errors: dict[float, float]) -> Imag
 
 
 def draw_walks(scene: Scene, exact: Tensor, walks: dict[str, Tensor]) -> Image.Image:
-    """Walks of a few steps, each (steps + 1, n, 2) in its panel, beside the exact paths (T,n,2)
-    from the same noise. A ring shows where a particle should land."""
+    """Walks (steps + 1, n, 2), each in its panel, over exact paths (T,n,2) from the same noise."""
     colours, n, panels = hues(exact[0]), exact.shape[1], []
     for label, zs in walks.items():
         canvas = Canvas(scene, 480).glow(0).lines(exact, [GREY] * n, 150)
@@ -144,8 +139,7 @@ def draw_samples(scene: Scene, samples: Tensor, data: Tensor, colours: Colours) 
 
 
 def save_gif(file: File, scene: Scene, zs: Tensor) -> None:
-    """Particles zs (frames, n, 2) from noise to data, with short tails, over p_t. All frames share
-    one palette; with several, colours would flicker."""
+    """Particles zs (frames, n, 2) over p_t. With a palette for each frame colours would flicker."""
     images, colours, last = [], hues(zs[0]), len(zs) - 1
     for i, z in enumerate(zs):
         t = 1 - i / last
@@ -217,8 +211,8 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high:
     colours = hues(torch.stack([angle.cos(), angle.sin()], dim=1))
     numbered = list(enumerate(zip(curves.values(), colours, strict=True)))
     for i, ((x, y), colour) in reversed(numbered):  # wide ones first: equal curves show as rims
-        points = zip(x.tolist(), y.clamp(low, high).tolist(), strict=True)
-        pen.line([place(*point) for point in points], colour, 4 + i, joint="curve")
+        points = [*map(place, x.tolist(), y.clamp(low, high).tolist())]
+        pen.line(points, colour, 4 + i, joint="curve")
     for i, (name, colour) in enumerate(zip(curves, colours, strict=True)):
         at = left + 16 if low == 0 else size - 330, 96 + 34 * i
         pen.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)

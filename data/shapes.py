@@ -1,10 +1,9 @@
 """The laboratory of text: drawn shapes with captions, and an exact reader of such pictures.
 
 A caption names one object, or two and their relation: "a red circle left of a blue square".
-`render` draws it. `read` compares a picture with everything that can be drawn, so it judges a model
-exactly. The two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place in
-the sentence); c_vec counts the words, so it does not say which object has which colour.
-Read next: `data/cifar10.py`."""
+`render` draws it. `read` compares a picture with everything that can be drawn, so it is exact. The
+two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place); c_vec counts
+the words, so it does not say which object has which colour. Read next: `data/cifar10.py`."""
 
 import itertools
 from dataclasses import dataclass
@@ -95,8 +94,7 @@ def rows_of(context: Tensor) -> Tensor:
 
 
 def draw_rows(n: int, generator: torch.Generator, new: bool = False) -> Tensor:
-    """Draw the rows of n captions, a fifth of one object. All their pairs are in training or, with
-    `new`, at least one is not."""
+    """Rows of n captions, a fifth of one object, of seen pairs; if `new` each has an unseen one."""
     single = torch.rand(n, generator=generator) < 0.2
     allowed = NEW if new else ~NEW
     pools = [(allowed & layout).nonzero()[:, 0] for layout in (LAYOUT > 0, LAYOUT == 0)]
@@ -148,9 +146,8 @@ def render(caption: str, generator: torch.Generator | None = None) -> Tensor:
 
 # ---- The reader
 def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
-    """The captions of the pictures nearest to x0 (n,3,32,32), and the rms distances to them (n,).
-    An object explains |x0 - white|^2 - |x0 - object|^2, at every place. The two of a layout do not
-    overlap, so the sum of both is what they explain together."""
+    """The captions of the true pictures nearest to x0 (n,3,32,32), and their rms distances (n,). An
+    object explains |x0 - white|^2 - |x0 - object|^2; two do not overlap: they explain the sum."""
     if len(x0) > 500:  # to bound the memory
         captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
         return [*itertools.chain(*captions)], torch.cat(distances)
@@ -243,8 +240,7 @@ class Shapes(Data):
 
     @classmethod
     def write(cls, spec: dict, file: File, x0: Tensor, *cond: Tensor, seed=0, device="cpu") -> File:
-        """Write pictures over their captions, with the reader's answer where it differs (.png); or
-        arrays (.npz) as `Dataset` does."""
+        """Write pictures over their captions and what the reader sees (.png), or arrays (.npz)."""
         images = to_uint8(x0)
         if file.suffix == ".npz":
             np.savez(file, images, *(c.numpy() for c in cond))

@@ -38,7 +38,7 @@ def scene(mixture: GaussianMixture) -> pictures.Scene:
     """p_t of the RF path as the background of pictures, with room for all modes."""
     reach = mixture.means.norm(dim=1) + 3.5 * mixture.variances.max(dim=1).values.sqrt()
     density = lambda z, t: mixture.log_density(z, t, RectifiedFlow()).exp()
-    return pictures.Scene(density, 1.06 * max(2.6, reach.max().item()))
+    return density, 1.06 * max(2.6, reach.max().item())
 
 
 class Toy(Data):
@@ -91,8 +91,7 @@ class Toy(Data):
 
     @classmethod
     def write(cls, spec, file: File, x0: Tensor, *labels: Tensor, seed=0, device="cpu") -> File:
-        """Write a picture (.png) or arrays (.npz). Print the metrics of x0 and of the exact field
-        from the same noise, which `seed` draws again."""
+        """Write a .png or .npz. Print the metrics, with the exact field's from the same noise."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
         if file.suffix == ".npz":
             np.savez(file, x0.numpy(), *(c.numpy() for c in labels))
@@ -101,17 +100,14 @@ class Toy(Data):
         noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
         data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
         if file.suffix == ".png":
-            shown, truth = x0[:2000], data[: min(n, 2000)]
-            pictures.draw_samples(scene(mixture), shown, truth, pictures.hues(noise[:2000])).save(
-                file
-            )
+            colours, truth = pictures.hues(noise[:2000]), data[: min(n, 2000)]
+            pictures.draw_samples(scene(mixture), x0[:2000], truth, colours).save(file)
         if n > 1:
             cond = [c[: len(noise)] for c in labels]
             exact = solve(mixture.field(RectifiedFlow()), noise, *cond, steps=50, method="heun")
             measure = lambda x: toy2d.sample_metrics(x[:10_000], data[:10_000], mixture)
-            print(
-                metrics_table({"samples": measure(x0), "exact field, same noise": measure(exact)})
-            )
+            rows = {"samples": measure(x0), "exact field, same noise": measure(exact)}
+            print(metrics_table(rows))
         return file
 
     # ---- What a run shows
@@ -160,8 +156,7 @@ class Toy(Data):
         print(f"pictures{subject}: {out}/flow.png, {out}/field.png, {out}/flow.gif")
 
     def _compare(self, student, out: File, teacher) -> None:
-        """The yardsticks of both at equal evaluations, then their curvature and their walks, on the
-        student's path."""
+        """The yardsticks at equal evaluations; curvature and walks, on the student's path."""
         energy, walks, flow = {}, {}, student.objective
 
         def measure(model, steps: int) -> str:
@@ -178,13 +173,12 @@ class Toy(Data):
             gain = energy["teacher", 4] - energy["student", 4]
             share = number(gain / gap if gap else math.nan, ".1%")
             print(f"4-step gap (the teacher's 4 steps less its 100) closed: {share}")
-        _, labels, noise, _ = reference(self.mixture, 0, 10_000, self.conditional)
-        cond = [labels[:2000]] if self.conditional else []
+        _, cond, noise, _ = reference(self.mixture, 0, 10_000, self.conditional)
         cond_of_walks, edges = [c[:24] for c in cond], flow.grid(flow.fewest).float()
         a, b, _, _ = (c[:, None, None] for c in flow.path.coefficients(edges))
         steps = f"{flow.fewest} steps" if flow.fewest > 1 else "1 step"
         for name, v in (("teacher", flow.teacher), ("student", flow.velocity(student.guided()))):
-            ratios = toy2d.curvature(v, b[0] * noise[:2000], edges, *cond)
+            ratios = toy2d.curvature(v, b[0] * noise[:2000], edges, *(c[:2000] for c in cond))
             windows = " ".join(number(ratio, ".1e") for ratio in [ratios.mean(), *ratios])
             print(f"curvature of the {name}: mean, then by window: {windows}")
             zs = toy2d.trajectory(v, b[0] * noise[:24], edges, *cond_of_walks, method="euler")

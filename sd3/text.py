@@ -1,9 +1,8 @@
 """SD3's frozen text encoders (section 4, appendix B.3): CLIP-L, CLIP-G and T5, by transformers.
 
 c_ctxt has the penultimate hidden states of both CLIPs, joined in channels and padded with zeros to
-T5's width; T5's tokens follow them. c_vec has the projected pooled vectors of both CLIPs. Without
-T5 its tokens are zeros. Guidance pushes away from the encoding of "". The package transformers is
-optional. Read next: `sd3/weights.py`, the released network."""
+T5's width; T5's tokens, or zeros, follow. c_vec has the projected pooled vectors of both CLIPs.
+Guidance pushes away from the encoding of "". Read next: `sd3/weights.py`, the released network."""
 
 import json
 import re
@@ -24,8 +23,7 @@ T5 = ("tokenizer_3", "text_encoder_3")
 
 
 def open_folder(name: str, parts: Sequence[str]) -> File:
-    """The folder of a released model, or ORG/NAME, which is fetched from the hub, safetensors only.
-    It has these parts, else ValueError."""
+    """A folder, or ORG/NAME of the hub (no pickles). ValueError where it lacks one of the parts."""
     folder = File(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
@@ -53,8 +51,7 @@ class Encoder:
 
     @property
     def parts(self) -> list:
-        """What each encoder gives, and training drops by itself: [condition, *spans of its axes].
-        Condition 0 is the context, 1 is pooled."""
+        """What each encoder gives: [0 (context) or 1 (pooled), *spans of its axes]."""
         L, G = (encoder.config for encoder in self.encoders[:2])
         tokens = [0, self.tokenizers[0].model_max_length]
         split, end = L.hidden_size, L.hidden_size + G.hidden_size
@@ -67,9 +64,8 @@ class Encoder:
 
     def _tokens(self, i: int, prompts: list[str], length: int) -> Tensor:
         tokenizer = self.tokenizers[i]
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        padded = dict(padding="max_length", max_length=length, return_tensors="pt")
+        tokens = tokenizer(prompts, truncation=True, **padded)
         for prompt in prompts:
             number = len(tokenizer(prompt).input_ids)
             if number > length:
@@ -99,10 +95,7 @@ class Encoder:
         return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)
 
 
-def load(
-    folder: str | File, t5: bool = True, device: str = "cpu",
-    t5_tokens: int = 256, width: int | None = None,
-) -> Encoder:  # fmt: skip
+def load(folder: str | File, t5=True, device="cpu", t5_tokens=256, width=0) -> Encoder:
     """The encoders of an SD3 folder, in bf16 on a GPU. t5_tokens is 256 in the released pipeline
     and 77 in the paper; `width` is by default the transformer's. ValueError without a part."""
     folder = open_folder(str(folder), CLIPS + T5 if t5 else CLIPS)

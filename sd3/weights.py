@@ -69,9 +69,8 @@ QKV = {"x_block": ("to_q", "to_k", "to_v"), "context_block": [f"add_{x}_proj" fo
 
 
 def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's weights under the released names, which are `MMDiT`'s. diffusers has q, k, v
-    apart, and scale before shift in the modulations of the final layer and the last context block.
-    ValueError on the weights of another network."""
+    """The weights under the released names, which are `MMDiT`'s. diffusers has q, k, v apart, and
+    scale before shift in the last modulations. ValueError on another network's."""
     prefix = "model.diffusion_model."
     if f"{prefix}pos_embed" in state:  # the file may hold text encoders and the VAE, too
         return {k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)}

@@ -2,17 +2,15 @@
 
     python -m studies.architectures       70 minutes on two cores
 
-All have the same data, draws, steps and learning rate. At equal depth MM-DiT has about twice the
-weights of a DiT, so the table has the others at a depth of equal weights, too, and says what a step
-costs. The exact reader judges samples of captions whose pairs were seen in training, or not."""
+All have the same data, draws, steps and rate. A DiT has half the weights of an MM-DiT of its depth,
+so the table has the others deeper, too. The exact reader judges pairs seen in training, or not."""
 
-import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
+from unittest import mock
 
 import numpy as np
 import torch
@@ -62,27 +60,24 @@ class CrossDiT(MMDiT):
 
 
 class SkipDiT(MMDiT):
-    """A DiT with long skips from each block of the first half to its mirror image, which start at
-    zero. It is neither SD3's UViT, a U-Net with a transformer in it, nor that of Bao et al., which
-    concatenates its skips."""
+    """A DiT with skips, zero at first, from each block of the first half to its mirror image.
+    (SD3's UViT is a U-Net with a transformer in it; that of Bao et al. concatenates its skips.)"""
 
     def __init__(self, depth: int, **shape):
         super().__init__(depth, **shape, shared=True)
         self.skips = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(depth // 2))
-        for skip in self.skips:
-            nn.init.zeros_(skip.weight), nn.init.zeros_(skip.bias)
+        for p in self.skips.parameters():
+            nn.init.zeros_(p)
 
     def mixed(self, c: Tensor, context: Tensor, x: Tensor) -> Tensor:
         """c (B,D), context (B,L,D), x (B,N,D) -> x after all blocks."""
-        tokens = torch.cat([context, x], dim=1)  # (B,L+N,D)
-        outputs = []  # of the first half's blocks
+        tokens, outputs = torch.cat([context, x], dim=1), []  # (B,L+N,D), then after each block
         for i, block in enumerate(self.joint_blocks):
-            if i >= len(self.joint_blocks) - len(self.skips):
-                skip = self.skips[len(outputs) - 1]
-                tokens = tokens + skip(outputs.pop())
+            mirror = len(self.joint_blocks) - 1 - i
+            if mirror < i:
+                tokens = tokens + self.skips[mirror](outputs[mirror])
             tokens = self.computed(block, c, tokens)
-            if i < len(self.skips):
-                outputs.append(tokens)
+            outputs.append(tokens)
         return tokens[:, context.shape[1] :]
 
 
@@ -105,37 +100,26 @@ NETWORKS = {
     "MM-DiT, c_ctxt alone": half_blind("context"),
     "MM-DiT, c_vec alone": half_blind("pooled"),
 }
-VARIANTS = [(name, 4) for name in NETWORKS]
-VARIANTS += [(name, 5) for name in ("DiT", "CrossDiT", "DiT with skips")]
-VERDICTS = [*itertools.product(("seen", "unseen"), ("all right", "shapes"))]
+VARIANTS = [(name, 4) for name in NETWORKS] + [("DiT", 5), ("CrossDiT", 5), ("DiT with skips", 5)]
+VERDICTS = [(pairs, what) for pairs in ("seen", "unseen") for what in ("all right", "shapes")]
 POINTS = 10  # of a curve
 
 
 # ---- A run: train, and look at the average of the weights ten times on the way
-def network_of(name: str, depth: int) -> nn.Module:
-    """As `Shapes.network`, with another class."""
-    model = Shapes.network({}, Recipe(depth=1))
-    context_dim, pooled_dim = (c.shape[-1] for c in model.null_cond)
-    network = NETWORKS[name](
-        depth, in_channels=3, patch_size=model.patch_size,
-        pos_embed_max_size=model.pos_embed_max_size,
-        context_dim=context_dim, pooled_dim=pooled_dim, qk_norm=True,
-    )  # fmt: skip
-    network.null_cond = model.null_cond
-    return network
-
-
 def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> dict:
     """The validation loss over steps and over seconds of training, then how often samples are
     right, of seen and of unseen pairs, at guidance 3."""
     data, curve = Shapes(Shapes.Options()), []
     recipe = Recipe(**preset("shapes") | dict(depth=depth, steps=steps, seed=seed))
     torch.manual_seed(seed)
-    objective, state = formulation(recipe.formulation), State(network_of(name, depth), recipe)
+    data.network(data.spec(), Recipe(depth=1))  # the runs of README.md drew these weights first
+    with mock.patch("data.shapes.MMDiT", NETWORKS[name]):
+        network = data.network(data.spec(), recipe)
+    objective, state = formulation(recipe.formulation), State(network, recipe)
     sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
     held_out = data.held_out(recipe.validation)
 
-    def watched(stream: Iterator) -> Iterator:
+    def watched(stream):
         """The batches; a step of training lasts until the next one is asked for."""
         seconds = 0.0
         for batch in stream:
@@ -146,28 +130,24 @@ def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> 
                 field = objective.field(sampler.guided())
                 curve.append((state.step, seconds, validation_loss(field, objective, *held_out)))
 
-    stream = batches(data, objective, recipe, state.network.null_cond)
-    watched_stream = watched(stream)
-    train(state, objective, watched_stream, recipe)
-    next(watched_stream)  # the last step ends
+    stream = watched(batches(data, objective, recipe, network.null_cond))
+    train(state, objective, stream, recipe)
+    next(stream)  # the last step ends
     stream.close()
     right = lambda new: data.right(sampler, judged, new, steps=25, cfg=3.0)
-    flops = recipe.batch_size * training_flops(state.network, *held_out)
-    size = sum(p.numel() for p in state.network.parameters())
+    flops = recipe.batch_size * training_flops(network, *held_out)
+    size = sum(p.numel() for p in network.parameters())
     return dict(curve=curve, flops=flops, parameters=size, seen=right(False), unseen=right(True))
 
 
-def network_runs(variants: Sequence[tuple], seeds: int, steps: int, out: File) -> list[dict]:
-    """The runs of these (network, depth)."""
+def study(variants: list, seeds: int, steps: int, out: File, report, draw, name: str) -> None:
+    """Make the runs of these (network, depth), print report(runs) and save draw(runs)."""
     jobs = [(*variant, seed) for seed in range(seeds) for variant in variants]
     keys = {"curve", "flops", "parameters", "seen", "unseen"}
-    return run_missing(out, jobs, trained, steps, keys)
-
-
-# ---- The table and the picture
-def pace(runs: list[dict]) -> float:
-    """Seconds a step, of the seed that was disturbed least."""
-    return min(run["curve"][-1][1] / run["steps"] for run in runs)
+    runs = run_missing(out, jobs, trained, steps, keys)
+    print(report(runs))
+    draw(runs).save(out / f"{name}.png")
+    print(f"\nwrote {out}/{name}.png")
 
 
 def loss_at(run: dict, step: float) -> float:
@@ -180,6 +160,7 @@ def table(runs: list[dict]) -> str:
     heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
     rows = [heads + [f"{pairs}: {what}" for pairs, what in VERDICTS]]
     groups = {v: [run for run in runs if tuple(run["job"][:2]) == v] for v in VARIANTS}
+    pace = lambda seeds: min(run["curve"][-1][1] / run["steps"] for run in seeds)  # seconds a step
     fastest = min(map(pace, groups.values()))
     for (name, depth), seeds in groups.items():
         step = seeds[0]["steps"] * fastest / pace(seeds)
@@ -202,7 +183,7 @@ def draw(runs: list[dict]):
     return plot(curves, "log10 validation loss, over the share of the steps", *span)
 
 
-def span_of(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
+def span_of(curves: list[Tensor]) -> tuple[float, float]:
     """The tenths between which these curves lie."""
     ends = np.concatenate(curves)
     return math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
@@ -213,10 +194,7 @@ def run(
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    runs = network_runs(VARIANTS, seeds, steps, out)
-    print(table(runs))
-    draw(runs).save(out / "architectures.png")
-    print(f"\nwrote {out}/architectures.png")
+    study(VARIANTS, seeds, steps, out, table, draw, "architectures")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""How fast the code is: the toy's step against a bare loop, MM-DiT's against a large matmul.
+"""How fast the code is, and what a depth costs on paper.
 
     python -m studies.bench --depth 12 --precision bf16 --compile --batch-size 64
     python -m studies.bench --plan --depth 38 --size 1024 --gpus 8 --precision bf16
 
-The toy's loops take turns, so a busy moment hits all of them; the table has medians of rounds."""
+The toy's loop and bare ones take turns, so a busy moment hits all of them; the table has medians.
+MM-DiT's step stands beside a large matmul."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from timeit import timeit
 from typing import Annotated, Literal
+from unittest import mock
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 
 import toy2d
+from data.base import CHECKPOINTED
 from data.toy import Toy
 from mmdit import MMDiT
 from rf import formulation
-from studies.plan import PAPER, planned
+from studies.runs import markdown
 from train import State, batches, train
 from training.folder import training_flops
 from training.options import Count, Recipe, command, preset
@@ -51,29 +56,92 @@ def bench_toy(rounds: int) -> None:
     ours = lambda: train(state, objective, stream, replace(recipe, steps=state.step + steps))
     bare = bare_loop(data.mixture, size, recipe.block, fused=True)
     plain = bare_loop(data.mixture, size, 1, fused=False)
-    loops: dict[str, Callable] = {
+    loops = {
         "train.py": ours,
         "bare loop": lambda: [next(bare) for _ in range(steps)],
         "bare, plain Adam, batches one by one": lambda: [next(plain) for _ in range(steps)],
     }
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(rounds + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            loop()
-            times[name].append((time.perf_counter() - start) / steps)
+    one_round = lambda: [timeit(loop, number=1) / steps for loop in loops.values()]
+    seconds = np.array([one_round() for _ in range(rounds + 1)])[1:]  # the first one warms up
     stream.close()
+    medians, ratios = np.median(seconds, 0), np.median(seconds[:, :1] / seconds, 0)
     print(f"{'':38}{'us a step':>10}{'train.py is':>14}")
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(times["train.py"], seconds, strict=True)]
-        step, ratio = statistics.median(seconds[1:]), statistics.median(ratios[1:])
+    for name, step, ratio in zip(loops, medians, ratios, strict=True):
         print(f"{name:38}{1e6 * step:10.0f}{ratio:13.2f}x")
 
 
+class FusedAttention(torch.autograd.Function):
+    """What a GPU's fused kernel keeps: q, k, v, the output and a logarithm for each query."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def left_for_backward(call: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps after call(), each storage once, without those of known tensors."""
+    saved = []  # the storages are held, or one's number may come again
+    pack = lambda x: (saved.append(x.untyped_storage()), x)[1]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    sizes = {storage._cdata: storage.nbytes() for storage in saved}
+    return sum(sizes[i] for i in sizes.keys() - {x.untyped_storage()._cdata for x in known})
+
+
+def activations(network: MMDiT, precision: str, *inputs: Tensor) -> tuple[int, int]:
+    """Bytes that the network's forward pass leaves; and with activation checkpointing, which keeps
+    what goes into each block, and all of one block while that is computed again."""
+    weights = [*network.parameters(), *network.buffers()]
+    latent, _, context, _ = inputs
+    B, tokens = len(latent), latent[0, 0].numel() // network.patch_size**2
+    empty = lambda *shape: torch.empty(*shape, network.width, requires_grad=True)
+    streams, c = [empty(B, context.shape[1]), empty(B, tokens)], empty(B)
+    attend = mock.patch("mmdit.attend", FusedAttention.apply)
+    with attend, autocast(precision, torch.device("cpu")):
+        whole = left_for_backward(lambda: network(*inputs), [*weights, *inputs])
+        block, number = network.joint_blocks[0], len(network.joint_blocks)
+        single = left_for_backward(lambda: block(c, *streams), [*weights, *streams, c])
+    if precision == "bf16":  # the rounded copies of weights are counted by themselves
+        whole -= 2 * sum(w.numel() for w in network.parameters())
+        single -= 2 * sum(w.numel() for w in block.parameters())
+    entering = sum(stream.nbytes for stream in streams)
+    return whole, whole - number * single + number * entering + single
+
+
+def planned(depths: Iterable[int], size: int, batch_size: int, gpus: int, precision: str) -> str:
+    """The table, for pictures of size x size whose latents have an eighth of it and 16 channels,
+    batch_size of them on each rank. The network is built of fake tensors, which have shapes and no
+    values, so any depth fits. A rank holds for each weight 4 bytes of it, of its gradient and of
+    its average, and 8 of Adam's moments; under bf16 2 more of its rounded copy; and what the
+    forward pass leaves, which is less where the training checkpoints, from depth 30 on. With
+    --shard all but the last is divided among the ranks, and two blocks at a time are whole."""
+    heads = ["depth", "weights", "PFLOPs a step", "weights, gradients, moments, average"]
+    heads += ["activations", "checkpointed", "a rank", f"a rank of {gpus}, --shard"]
+    rows, side, copy = [heads], size // 8, 2 if precision == "bf16" else 0
+    for depth in depths:
+        with FakeTensorMode():
+            network = MMDiT(depth, pos_embed_max_size=max(side // 2, 64), qk_norm=True)
+            latent, t = torch.empty(batch_size, 16, side, side), torch.empty(batch_size)
+            texts = 77 + 77, 4096  # of CLIP and of T5
+            cond = torch.empty(batch_size, *texts), torch.empty(batch_size, 2048)
+            whole, checkpointed = activations(network, precision, latent, t, *cond)
+            flops = training_flops(network, latent, *cond)
+        P = sum(w.numel() for w in network.parameters())
+        block = sum(w.numel() for w in network.joint_blocks[0].parameters())
+        left = checkpointed if depth >= CHECKPOINTED else whole
+        alone = (20 + copy) * P + left
+        shared = 20 * P / gpus + 2 * (copy or 4) * block + 4 * block + left
+        parts = " + ".join(f"{n * P / 1e9:.3g}" for n in (4, 4, 8, 4)) + " GB"
+        cells = f"{depth}", f"{P / 1e9:.3g}B", f"{batch_size * gpus * flops / 1e15:.3g}", parts
+        sizes = whole, checkpointed, alone, shared
+        rows.append([*cells, *(f"{n / 1e9:.3g} GB" for n in sizes)])
+    return markdown(*rows)
+
+
 def run(
-    rounds: Annotated[
-        Count, "of 250 steps of the toy, and a quarter second of MM-DiT", 1, 1000
-    ] = 12,
+    rounds: Annotated[Count, "of 250 steps of the toy, and 1/4 s of MM-DiT", 1, 1000] = 12,
     depth: Annotated[Count, "of MM-DiT: blocks, heads, width / 64", 1, 256] = 6,
     scale: Annotated[Count, "latents of 32 SCALE, 256 SCALE^2 tokens", 1, 16] = 1,
     context: Annotated[Count, "context tokens", 1, 10_000] = 77,
@@ -88,7 +156,8 @@ def run(
     if plan:
         pictures = f"{size} x {size} pixels, {batch_size} of them"
         print(f"{pictures} on each of {gpus} GPUs, {precision}:\n")
-        print(planned(sorted({*PAPER, depth}), size, batch_size, gpus, precision))
+        depths = sorted({15, 18, 21, 30, 38, depth})  # SD3's
+        print(planned(depths, size, batch_size, gpus, precision))
         return
     threads, device = torch.get_num_threads(), check_device(device)
     bench_toy(rounds)
@@ -110,11 +179,10 @@ def run(
         out.float().square().mean().backward()
 
     n = 8192 if device.type == "cuda" else 2048
-    a, b = noise(2, n, n, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    product = torch.empty_like(a)
+    a, b, c = noise(3, n, n, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     timed = lambda call: Timer("call()", globals={"call": call}, num_threads=threads)
     median = lambda call: timed(call).blocked_autorange(min_run_time=rounds / 4).median
-    matmul = 2 * n**3 / median(lambda: torch.mm(a, b, out=product))
+    matmul = 2 * n**3 / median(lambda: torch.mm(a, b, out=c))
     seconds, weights = median(step), sum(p.numel() for p in network.parameters())
     rate = batch_size * training_flops(network, x, *cond) / seconds
     compiled = " compiled" if compile else ""

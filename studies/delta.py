@@ -2,14 +2,12 @@
 
     python -m studies.delta               9 minutes on two cores
 
-Each seed has a teacher, students of it with several learning rates, and copies of the teacher that
-are fine-tuned on its mixture, turned or moved. The table says by which factor Delta W lowers the
-4-step energy distance of these copies, which its student never saw, and how good the student is."""
+Each seed has a teacher, students of it, and copies of it that are fine-tuned on a mixture, turned
+or moved. The table says by which factor Delta W lowers the copies' energy distance in 4 steps."""
 
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path as File
 from typing import Annotated
 
@@ -19,9 +17,9 @@ import torch
 import perflow
 from data.toy import Toy
 from sample import Sampler
-from studies.runs import learned, markdown, mean_and_error, run_missing, toy_model
+from studies.runs import learned, markdown, mean_and_error, run_missing
 from toy2d import GaussianMixture, load_mixture, yardsticks
-from training.options import Count, Recipe, command, pick
+from training.options import Count, Recipe, command, pick, preset
 
 CHANGES = {"5°": (5, 0), "10°": (10, 0), "22.5°": (22.5, 0), "moved 0.3": (0, 0.3)}
 STUDENTS = {  # learning rate, steps, batch size
@@ -42,24 +40,25 @@ def turned(mixture: GaussianMixture, degrees: float, shift: float) -> GaussianMi
 
 def fine_tuned(teacher: Sampler, data: Toy, steps: int, seed: int = 0) -> Sampler:
     """The teacher after these many steps more, on these data."""
-    changes = {"steps": steps, "lr": 1e-3, "warmup": 100, "seed": seed}
-    return learned(teacher, data, teacher.objective, pick(Recipe, teacher.config | changes))
+    changes = dict(steps=steps, lr=1e-3, warmup=100, seed=seed)
+    return learned(data, pick(Recipe, teacher.config | changes), start=teacher)
 
 
 def trained(mixture: str, seed: int, steps: int) -> dict:
     """All of one seed: {student: |Delta W|/|W|, the student's energy, and the factor by which its
     Delta W lowers that of each change}. `steps` are those of fine-tuning."""
     truth, data = load_mixture(mixture), Toy(Toy.Options(mixture))
-    teacher = toy_model(data, seed=seed)
-    energy = lambda model, truth: yardsticks(partial(model.sample, steps=4), truth)["energy"]
+    recipe = Recipe(**preset("toy2d") | dict(seed=seed))
+    teacher = learned(data, recipe)
+    energy = lambda model, truth: yardsticks(lambda z: model.sample(z, steps=4), truth)["energy"]
     models, students = {}, {}
     for name, change in CHANGES.items():
         other = turned(truth, *change)
         models[name] = fine_tuned(teacher, Toy(Toy.Options(other.spec())), steps, seed), other
     objective = perflow.PeRFlow.of(teacher.objective, perflow.PeRFlow.Options(), teacher.guided)
     for name, (lr, number, size) in STUDENTS.items():
-        changes = dict(lr=lr, steps=number, batch_size=size, clip=1.0)
-        student = learned(teacher, data, objective, pick(Recipe, teacher.config | changes))
+        changed = replace(recipe, lr=lr, steps=number, batch_size=size, clip=1.0)
+        student = learned(data, changed, objective, teacher)
         delta = perflow.delta(student.network, teacher.network)
         ratio = perflow.norm(delta) / perflow.norm(teacher.network.state_dict())
         students[name] = {"ratio": ratio, "own": energy(student, truth)}

@@ -7,12 +7,12 @@ The table has the energy distance above that of the converged exact field, in th
 import itertools
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 import toy2d
 from data.toy import number
 from rf import EDM, Field, Formulation, formulation, solve
+from studies.runs import markdown
 from training.options import command
 
 SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
@@ -21,12 +21,8 @@ COUNTS = (1, 2, 5, 10, 25, 50)
 
 def exact_network(formula: Formulation, mixture: toy2d.GaussianMixture) -> Field:
     """The best network there is, E[target | z], with the call of any network."""
-
-    def network(z_in: Tensor, t: Tensor) -> Tensor:
-        z = z_in / formula.path.c_in(t)[:, None]
-        return formula.pair(*mixture.ends(z, t, formula.path), t)[1]
-
-    return network
+    ends = lambda z_in, t: mixture.ends(z_in / formula.path.c_in(t)[:, None], t, formula.path)
+    return lambda z_in, t: formula.pair(*ends(z_in, t), t)[1]
 
 
 def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, method: str) -> Tensor:
@@ -43,18 +39,16 @@ def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, meth
     return mixture.ends(z, times[-1:].clamp(min=1e-6), path)[0]
 
 
-@torch.no_grad()
 def run(mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring",)) -> None:
     for name in mixtures:
         mixture = toy2d.load_mixture(name)
         data, _, noise, best = toy2d.reference(mixture, 0)
-        print(f"\n{name}\n\n| path | solver | " + " | ".join(f"{n} steps" for n in COUNTS) + " |")
-        print("|---" * (2 + len(COUNTS)) + "|")
+        rows = [["path", "solver", *(f"{n} steps" for n in COUNTS)]]
         for key, method in itertools.product(SHOWN, ("first order", "heun", "rk4")):
             xs = (exact_samples(formulation(key), mixture, noise, n, method) for n in COUNTS)
             excess = [1e3 * (toy2d.energy_distance(x, data) - best["energy"]) for x in xs]
-            cells = " | ".join(number(e, ".2f") for e in excess)
-            print(f"| {key} | {method} | {cells} |", flush=True)
+            rows.append([key, method, *(number(e, ".2f") for e in excess)])
+        print(f"\n{name}\n\n{markdown(*rows)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python -m studies.fewshapes runs/shapes/checkpoint.pt        an hour on two cores
 
-Each method learns once from the same teacher, with equal numbers of its evaluations, of rows and
-of steps. The exact reader says how often a student's picture shows all that its caption says."""
+Each method learns once. The exact reader says how often a picture shows all of its caption."""
 
 import time
 from functools import partial
@@ -18,9 +17,7 @@ from training.checkpoint import digest
 from training.options import Recipe, command, pick, preset
 
 
-def painted(
-    checksum: str, name: str, lr: float, seed: int, steps: int, checkpoint: File
-) -> dict:
+def painted(checksum: str, name: str, lr: float, seed: int, steps: int, checkpoint: File) -> dict:
     """{evaluations: [the share of samples that are all right, for seen and for unseen captions]},
     and seconds of training. The method "teacher" trains nothing."""
     teacher, data = sample.load(checkpoint), Shapes(Shapes.Options())

@@ -2,13 +2,9 @@
 
     python -m studies.fewstep        an hour on two cores
 
-All learn from the same teacher, with equal numbers of its evaluations, of rows and of steps. The
-first seed tries five learning rates a method; the other seeds take the best of them. A method is
-left out where its sampler cannot use so few evaluations."""
+The first seed tries five learning rates a method; the other seeds take the best of them."""
 
-import math
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -18,8 +14,7 @@ import torch
 from torch import Tensor
 
 from data.pictures import WARM, Canvas, hues, tile
-from data.toy import Toy, number
-from data.toy import scene as scene_of
+from data.toy import Toy, number, scene
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
 from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
@@ -28,22 +23,12 @@ from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
 from training.options import Count, Recipe, command, preset
 
-FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
-
-UNTRAINED = {  # name: (solver, the power of its times i/n)
-    "Euler (DDIM)": ("euler", 1),
-    "Heun": ("heun", 1),
-    "RK4": ("rk4", 1),
-    "DPM-Solver++(2M)": ("dpm", 1),
-    "DPM-Solver++(2M) on (i/n)^1.5": ("dpm", 1.5),
-    "DEIS": ("deis", 1),
-    "DEIS on (i/n)^1.5": ("deis", 1.5),
-    "ab2": ("ab2", 1),
-    "ab2 on (i/n)^1.5": ("ab2", 1.5),
-}
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of a method's rate
+UNTRAINED = {"Euler (DDIM)": ("euler", 1), "Heun": ("heun", 1), "RK4": ("rk4", 1)}
+for name, solver in {"DPM-Solver++(2M)": "dpm", "DEIS": "deis", "ab2": "ab2"}.items():
+    UNTRAINED |= {name: (solver, 1), f"{name} on (i/n)^1.5": (solver, 1.5)}  # and the times' power
 
 
-# ---- A run: of the ring or the grid, judged by the exact field
 def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor) -> Tensor:
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
     if solver in SOLVERS:
@@ -54,58 +39,43 @@ def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor) -
 def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     """A toy model as `train.py` trains it, kept in `out`."""
     data, file = Toy(Toy.Options(mixture)), run_file(out, (mixture, seed)).with_suffix(".pt")
-    recipe = Recipe(**preset("toy2d") | {"seed": seed})
-    objective = formulation(recipe.formulation)
+    recipe = Recipe(**preset("toy2d") | dict(seed=seed))
     if not file.exists():
-        save(file, learned(None, data, objective, recipe).network.state_dict())
+        save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)
     load_weights(network, torch.load(file, weights_only=True), file)
-    return Sampler(network, objective, vars(recipe) | {"spec": data.spec()})
-
-
-def judged(draw: Callable[[Tensor], Tensor], mixture: str) -> dict[str, float]:
-    scores = yardsticks(draw, load_mixture(mixture))
-    return {key: scores[key] for key in ("energy", "outliers")}
+    return Sampler(network, formulation(recipe.formulation), vars(recipe) | {"spec": data.spec()})
 
 
 def untrained(mixture: str, _: str, seed: int, steps: int, out: File) -> dict:
     """The run (mixture, "teacher", seed): {solver: {evaluations: scores}} of the teacher, and its
     energy distance in 50 steps of Heun, where the solver's error is small."""
-    field, scores = flow(teacher_of(mixture, seed, out)), {}
+    field, truth, scores = flow(teacher_of(mixture, seed, out)), load_mixture(mixture), {}
     for name, (solver, power) in UNTRAINED.items():
         stages = len(SOLVERS[solver][0]) if solver in SOLVERS else 1  # evaluations of a step
         draw = lambda n: partial(solved, field, solver, power, n // stages)
-        scores[name] = {str(n): judged(draw(n), mixture) for n in COUNTS if n % stages == 0}
-    floor = judged(partial(solved, field, "heun", 1, 50), mixture)["energy"]
+        scores[name] = {str(n): yardsticks(draw(n), truth) for n in COUNTS if n % stages == 0}
+    floor = yardsticks(partial(solved, field, "heun", 1, 50), truth)["energy"]
     return dict(scores=scores, floor=floor)
 
 
 def trained(mixture: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
-    """The run (mixture, method, learning rate, seed): {evaluations: scores}, seconds of training,
-    and 1,000 samples in the fewest evaluations."""
+    """{evaluations: scores}, seconds of training, and 1,000 samples in the fewest evaluations."""
     teacher, data = teacher_of(mixture, seed, out), Toy(Toy.Options(mixture))
     recipe = preset("toy2d") | preset("toy2d student")
     recipe |= dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
     start = time.perf_counter()
     students = METHODS[name].train(teacher, data, Recipe(**recipe))
     seconds = time.perf_counter() - start
-    generator = lambda seed: torch.Generator().manual_seed(seed)
-    # some samplers draw
+    generator = lambda seed: torch.Generator().manual_seed(seed)  # some samplers draw
     draw = lambda n: partial(students[n].sample, steps=n, generator=generator(1000 + seed))
-    scores = {str(n): judged(draw(n), mixture) for n in students}
+    scores = {str(n): yardsticks(draw(n), load_mixture(mixture)) for n in students}
     samples = draw(min(students))(torch.randn(1000, 2, generator=generator(0)))
     return dict(scores=scores, seconds=seconds, samples=samples.tolist())
 
 
-# ---- The tables and the picture
-def energy(run: dict) -> float:
-    """The energy distance in the run's fewest evaluations."""
-    value = next(iter(run["scores"].values()))["energy"]
-    return value if math.isfinite(value) else math.inf
-
-
-def cells(scores: Sequence[dict]) -> list[str]:
-    """Energy distances by evaluations, and the outliers in 1 and 4, of these seeds' scores."""
+def cells(scores: list[dict]) -> list[str]:
+    """Energy distances by evaluations, and the outliers in 1 and 4; – where they are too few."""
     column = lambda n, key: [s[str(n)][key] for s in scores if str(n) in s]
     energies = [mean_and_error(c, ".1e") if (c := column(n, "energy")) else "–" for n in COUNTS]
     outliers = [f"{np.mean(c):.1%}" if (c := column(n, "outliers")) else "–" for n in (1, 4)]
@@ -129,13 +99,15 @@ def table(teachers: list[dict], runs: list[dict]) -> str:
 def draw(runs: list[dict], mixture: str):
     """Draw the samples of these students in their fewest evaluations, from the same noise."""
     truth, generator = load_mixture(mixture), torch.Generator().manual_seed(0)
-    scene, colours = scene_of(truth), hues(torch.randn(1000, 2, generator=generator))
-    panel = lambda x, colours, label: Canvas(scene, 260).glow(0).points(x, colours, 3).done(label)
-    panels = [panel(truth.sample(1000, generator)[0], [WARM] * 1000, "the data")]
+    background, colours = scene(truth), hues(torch.randn(1000, 2, generator=generator))
+    canvas = lambda: Canvas(background, 260).glow(0)
+    data, _ = truth.sample(1000, generator)
+    panels = [canvas().points(data, [WARM] * 1000, 3).done("the data")]
     for run in runs:
         n = next(iter(run["scores"]))
         label = f"{run['job'][1]}: {'1 step' if n == '1' else f'{n} steps'}"
-        panels.append(panel(torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9), colours, label))
+        x = torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9)
+        panels.append(canvas().points(x, colours, 3).done(label))
     return tile([panels[:7], panels[7:]])
 
 
@@ -149,7 +121,9 @@ def study(mixture: str, seeds: int, steps: int, out: File) -> None:
     rates = [(name, method.lr * factor) for name, method in METHODS.items() for factor in FACTORS]
     scan = run_missing(out, [(mixture, *rate, 0) for rate in rates], work, steps, keys)
     scans = {name: [run for run in scan if run["job"][1] == name] for name in METHODS}
-    # the best rates on all seeds
+    # the best rates on all seeds, by the energy distance in the fewest evaluations
+    energies = lambda run: [score["energy"] for score in run["scores"].values()]
+    energy = lambda run: np.nan_to_num(energies(run)[0], nan=np.inf, posinf=np.inf)
     best = [min(group, key=energy)["job"][:3] for group in scans.values()]
     jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
     runs = run_missing(out, jobs, work, steps, keys)
@@ -174,8 +148,7 @@ def run(
     steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
     out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
 ) -> None:
-    for mixture in mixtures:
-        load_mixture(mixture)
+    _ = [load_mixture(name) for name in mixtures]
     for mixture in mixtures:
         study(mixture, seeds, steps, out)
 

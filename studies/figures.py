@@ -2,8 +2,7 @@
 
     python -m studies.figures --out assets
 
-paths.png has each path in its coordinates, with five first-order steps in white. densities.png is
-SD3's figure 11, and beside it the log-SNR of every path."""
+paths.png has each path in its coordinates; densities.png has SD3's figure 11 on its left side."""
 
 from pathlib import Path as File
 from typing import Annotated
@@ -24,16 +23,11 @@ SAMPLED = ("rf", "rf/lognorm(0.00,1.00)", "rf/lognorm(0.50,0.60)", "rf/mode(1.29
 def walk(formula, mixture, noise: Tensor, steps: int) -> Tensor:
     """The states of the exact network's sampler, (steps + 1, n, 2), in the path's coordinates."""
     network, zs = exact_network(formula, mixture), []
-
-    def spy(z_in: Tensor, t: Tensor) -> Tensor:
-        zs.append(z_in / formula.path.c_in(t)[:, None])
-        return network(z_in, t)
-
+    spy = lambda z_in, t: (zs.append(z_in / formula.path.c_in(t)[:, None]), network(z_in, t))[1]
     x0 = formula.sample(spy, noise, steps=steps)
     return torch.stack([*zs, x0])
 
 
-@torch.no_grad()
 def run(
     mixture: Annotated[str, "of the flow lines"] = "ring",
     out: Annotated[File, "folder of the pictures"] = File(),

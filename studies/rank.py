@@ -2,10 +2,8 @@
 
     python -m studies.rank                18 minutes on two cores; --all for the paper's 61
 
-A run trains a formulation and samples from its EMA weights; its file in --out is not made again.
 The table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
 
-from collections.abc import Sequence
 from pathlib import Path as File
 from typing import Annotated
 
@@ -14,10 +12,10 @@ import numpy as np
 import toy2d
 from data.toy import Toy, number
 from rf import STUDY, formulation
-from studies.runs import markdown, run_missing, toy_model
-from training.options import Count, command
+from studies.runs import learned, markdown, run_missing
+from training.options import Count, Recipe, command, preset
 
-PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps: Pareto fronts of CLIP and FID
+PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps
     "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
     "rf/lognorm(1.00,0.60)": (2.08, 3.50, 2.00),
     "rf/lognorm(0.50,0.60)": (2.71, 8.50, 1.00),
@@ -39,10 +37,10 @@ STEPS = (5, 10, 25, 50)
 
 
 def trained(name: str, mixture: str, seed: int, steps: int) -> dict:
-    """Train a formulation, sample with the average of the weights, measure the outliers and the
-    energy distance above the exact field's from the same noise."""
+    """Train, sample, and measure the samples against the exact field's from the same noise."""
     truth = toy2d.load_mixture(mixture)
-    model = toy_model(Toy(Toy.Options(mixture)), formulation=name, steps=steps, seed=seed)
+    recipe = Recipe(**preset("toy2d") | dict(formulation=name, steps=steps, seed=seed))
+    model = learned(Toy(Toy.Options(mixture)), recipe)
     excess = toy2d.relative_excess(model.network, model.objective, truth)
     run = {"name": name, "mixture": mixture, "seed": seed, "excess": excess}
     points, _, noise, exact = toy2d.reference(truth, seed)
@@ -52,29 +50,26 @@ def trained(name: str, mixture: str, seed: int, steps: int) -> dict:
     return run
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
+def ranks(values: list[float]) -> np.ndarray:
     """Rank 1 for the smallest. Equal values share their mean rank; what diverged (nan) is last."""
     values = np.nan_to_num(np.asarray(values, dtype=float), nan=np.inf)
     below = (values[None] < values[:, None]).sum(1)
     return below + ((values[None] == values[:, None]).sum(1) + 1) / 2
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's: the correlation of the ranks."""
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def mean_ranks(runs: list[dict], names: list[str], steps: Sequence[int]) -> np.ndarray:
+def mean_ranks(runs: list[dict], names: list[str], steps: list[int]) -> np.ndarray:
     """The rank of each name by energy distance, averaged over seeds, mixtures and these steps."""
-    settings: dict[tuple, dict[str, float]] = {}
-    for run in runs:
-        for n in steps:
-            key = run["mixture"], run["seed"], n
-            settings.setdefault(key, {})[run["name"]] = run[str(n)]["energy"]
-    return np.mean([ranks([s[name] for name in names]) for s in settings.values()], axis=0)
+    energies = lambda run: [run[str(n)]["energy"] for n in steps]
+    table = [[energies(run) for run in runs if run["name"] == name] for name in names]
+    return np.apply_along_axis(ranks, 0, table).mean((1, 2))  # (names, runs, steps) -> (names,)
 
 
-def rank_table(runs: list[dict], names: list[str], mixtures: Sequence[str]) -> str:
+def rank_table(runs: list[dict], names: list[str], mixtures: list[str]) -> str:
     """The table in Markdown, best mean rank first, and the correlation with the paper's ranks."""
     columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
     settings = [(m, n) for m in mixtures for n in STEPS]
@@ -108,7 +103,7 @@ def run(
     steps: Annotated[Count, "training steps of a run"] = 11_000,
     out: Annotated[File, "where runs are kept"] = File("runs/study"),
 ) -> None:
-    names = names or (STUDY if all else list(PAPER))
+    names = [*dict.fromkeys(names or (STUDY if all else PAPER))]
     _ = [formulation(name) for name in names] + [toy2d.load_mixture(name) for name in mixtures]
     jobs = [(n, m, s) for s in range(seeds) for m in mixtures for n in names]
     keys = {"name", "mixture", "seed", "excess", *map(str, STEPS)}

@@ -1,10 +1,9 @@
 """Every rival that PeRFlow's paper names, as an objective of `train.train` or a solver.
 
-Two ideas carry the file. `Skip` learns a map that skips the flow, as the sum of two shorter ways:
-consistency and progressive distillation. `Match` learns a generator of one step; a second network
-says where its samples should have gone: DMD and an adversarial critic. All f have a velocity's
-form: f leads to z + (t_end - t) f(z, t). `METHODS` trains each from the same teacher on the same
-budget: a row of the batch costs two of the teacher's evaluations.
+`Skip` learns a map that skips the flow, as the sum of two shorter ways: consistency and progressive
+distillation. `Match` learns a generator of one step; a second network says where its samples should
+have gone: DMD and a plain GAN. All f have a velocity's form: f leads to z + (t_end - t) f(z, t).
+`METHODS` trains each from the same teacher, at two of its evaluations for a row of the batch.
 Time: t = 0 is data, t = 1 is noise. Read next: `studies/fewstep.py`, which compares them."""
 
 import copy
@@ -74,8 +73,7 @@ class Skip(PeRFlow):
         return z, t, (z_m - z) / expand(m - t, z), *cond
 
     def _middle(self, t: Tensor) -> Tensor:
-        _, t_end = self.window(t)
-        return torch.maximum(t - self.skip, t_end)
+        return torch.maximum(t - self.skip, self.window(t)[1])
 
     @torch.no_grad()
     def target(self, average: Field, rows: Rows) -> Rows:
@@ -99,18 +97,16 @@ class Skip(PeRFlow):
         return z
 
 
-# ---- Matching distributions: DMD and an adversarial critic
+# ---- Matching distributions: DMD and a plain GAN
 class Match(Objective):
     """One step, x = z - f(z, 1), and a critic: a second network that says where x should have gone.
     In each step the critic learns twice from what f draws now; then its `push` of x, times
     `weight`, makes the target. With pairs (z, t, target, *cond) of the teacher, half of the rows
     are a regression on them."""
 
-    fewest, critic_steps = 1, 2
-
     def __init__(self, critic: nn.Module, lr: float, pairs: Rows | None = None, weight: float = 1):
-        self.critic, self.pairs, self.reuse = critic, pairs, 2 if pairs else 1
-        self.weight = weight
+        self.critic, self.pairs, self.weight = critic, pairs, weight
+        self.reuse = 2 if pairs else 1
         self.optimizer = torch.optim.AdamW(critic.parameters(), lr, (0.0, 0.99), weight_decay=0)
 
     def field(self, network: Field) -> Field:
@@ -127,21 +123,17 @@ class Match(Objective):
 
     def target(self, average: Field, rows: Rows) -> Rows:
         noise, t, x0, *cond = (c[:: self.reuse] for c in rows)
-        x = (noise - self.network(noise, t, *cond)).detach()
-        goal = x
+        goal = x = (noise - self.network(noise, t, *cond)).detach()
         if self.weight:
-            self.train_critic(x, x0, *cond)
+            for _ in range(2):
+                self.optimizer.zero_grad()
+                self.critic_loss(x, x0, *cond).backward()
+                self.optimizer.step()
             goal = x + self.weight * self.push(x, *cond)
         z, t, target, *all_cond = rows
         target = target.clone()
         target[:: self.reuse] = noise - goal
         return z, t, target, *all_cond
-
-    def train_critic(self, x: Tensor, x0: Tensor, *cond: Tensor) -> None:
-        for _ in range(self.critic_steps):
-            self.optimizer.zero_grad()
-            self.critic_loss(x, x0, *cond).backward()
-            self.optimizer.step()
 
     def sample(self, student: Field, noise: Tensor, *cond, steps=1, generator=None) -> Tensor:
         return solve(student, noise, *cond, steps=steps)
@@ -156,7 +148,8 @@ def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class DMD(Match):
     """Yin et al. 2023: the critic is a flow of what f draws, and x moves from the critic's x0_hat
     to the teacher's. They divide the push by its mean over each picture; two coordinates are too
-    few for a mean, so we take the batch's. Without pairs it is SwiftBrush (Nguyen & Tran 2023)."""
+    few for a mean, so we take the batch's. Without pairs it is close to SwiftBrush (Nguyen & Tran
+    2023), whose critic is a LoRA."""
 
     def __init__(self, teacher: Field, critic: nn.Module, lr: float, pairs=None, weight: float = 1):
         super().__init__(critic, lr, pairs, weight)
@@ -173,8 +166,9 @@ class DMD(Match):
         return (real - fake) / (x - real).abs().mean()
 
 
-class Adversarial(Match):
-    """Sauer et al. 2023, Xu et al. 2023: the critic separates noised samples from noised data."""
+class PlainGAN(Match):
+    """The critic separates noised samples from noised data. It starts from scratch; those of Sauer
+    et al. 2023 and Xu et al. 2023 build on trained networks."""
 
     def score(self, x: Tensor, *cond: Tensor) -> Tensor:
         z, t, _ = noised(x)
@@ -200,7 +194,7 @@ def flow(model: Sampler) -> Field:
 
 
 def student(objective, teacher: Sampler, data, recipe: Recipe) -> Students:
-    model = learned(teacher, data, objective, recipe)
+    model = learned(data, recipe, objective, teacher)
     return {n: model for n in COUNTS if n >= objective.fewest}
 
 
@@ -226,13 +220,12 @@ def consistent(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
 def progressive(teacher: Sampler, data, recipe: Recipe, first: int = 64) -> Students:
     """Students of 64, 32, ..., 1 steps. Each learns two steps of the last one as one step, on new
     data and noise. The first one learns 128 DDIM steps of the teacher; no other asks it."""
-    rounds = [first >> i for i in range(first.bit_length())]
-    recipe, last, students = replace(recipe, steps=recipe.steps // len(rounds)), teacher, {}
+    rounds, last, students = [first >> i for i in range(first.bit_length())], teacher, {}
     for n in rounds:
         field = flow(last)
         objective = Skip(field, field, skip=1 / (2 * n), windows=n, times=1)
-        new_seed = replace(recipe, seed=1000 * n + recipe.seed)
-        last = students[n] = learned(last, data, objective, new_seed)
+        changes = dict(steps=recipe.steps // len(rounds), seed=1000 * n + recipe.seed)
+        last = students[n] = learned(data, replace(recipe, **changes), objective, last)
     return {n: students[n] for n in COUNTS}
 
 
@@ -243,8 +236,7 @@ def pair_count(steps: int, batch_size: int) -> int:
 
 
 def pairs_of(number: int, teacher: Sampler, data, recipe: Recipe) -> Rows:
-    """(z, t = 1, target, *cond) of solves from noise to data, with 32 evaluations each, less the
-    rows that run away."""
+    """(z, t = 1, target, *cond) of solves in 32 evaluations, without the rows that run away."""
     _, *cond = data.batch(recipe.seed, 0, number)
     noise, field = torch.randn(number, *data.spec()["shape"]), flow(teacher)
     run = lambda i: solve(field, noise[i], *(c[i] for c in cond), steps=16, method="heun")
@@ -262,19 +254,19 @@ def matched(pairs: bool, weight: float, teacher: Sampler, data, recipe: Recipe) 
     rows = pairs_of(number, teacher, data, recipe) if pairs else None
     critic = copy.deepcopy(teacher.network).requires_grad_(True)
     objective = DMD(flow(teacher), critic, recipe.lr, rows, weight)
-    return {1: learned(teacher, data, objective, recipe)}
+    return {1: learned(data, recipe, objective, teacher)}
 
 
-def adversarial(teacher: Sampler, data, recipe: Recipe) -> Students:
+def plain_gan(teacher: Sampler, data, recipe: Recipe) -> Students:
     torch.manual_seed(recipe.seed)
     critic = data.network(data.spec(), recipe)
-    return {1: learned(teacher, data, Adversarial(critic, recipe.lr / 4), recipe)}
+    return {1: learned(data, recipe, PlainGAN(critic, recipe.lr / 4), teacher)}
 
 
 @dataclass
 class Method:
     train: Callable[..., Students]
-    holds: str  # networks in training, beside the student and its average
+    networks: str  # held in training, beside the student and its average
     lr: float = 8e-3  # the middle of its scan
     pairs: bool = False  # whether it stores solves of the teacher from noise to data
 
@@ -287,7 +279,7 @@ METHODS = {
     "DMD": Method(partial(matched, True, 0.1), "teacher, critic", pairs=True),
     "its pairs alone": Method(partial(matched, True, 0.0), "–", pairs=True),
     "DMD without pairs": Method(partial(matched, False, 1.0), "teacher, critic", 6e-5),
-    "adversarial": Method(adversarial, "critic"),
+    "plain GAN": Method(plain_gan, "critic"),
     "reflow": Method(partial(straightened, 1), "teacher", 1.6e-2),
     "PeRFlow as published": Method(published, "teacher"),
     "PeRFlow, K = 2": Method(partial(straightened, 2), "teacher"),

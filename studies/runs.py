@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path as File
 from urllib.parse import quote
@@ -15,21 +15,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.base import Data
-from data.toy import Toy, number
+from data.toy import number
 from rf import formulation
 from sample import Sampler
 from train import State, batches, train
-from training.checkpoint import start_from
-from training.options import Recipe, preset, reading
+from training.options import Recipe, reading
 
 
-def learned(start: Sampler | None, data: Data, objective, recipe: Recipe) -> Sampler:
-    """Train a network on these data, from the weights of `start` or from new ones."""
+def learned(data, recipe: Recipe, objective=None, start: Sampler | None = None) -> Sampler:
+    """Train a network on these data, by default a new one, for the recipe's formulation."""
+    objective = objective or formulation(recipe.formulation)
     torch.manual_seed(recipe.seed)
     network = data.network(data.spec(), recipe)
     if start:
-        start_from(network, start.network.state_dict(), "the start")
+        network.load_state_dict(start.network.state_dict())
     state = State(network, recipe)
     torch.manual_seed(recipe.seed)  # a critic draws the same, whatever the network has drawn
     stream = batches(data, objective, recipe, network.null_cond)
@@ -38,18 +37,11 @@ def learned(start: Sampler | None, data: Data, objective, recipe: Recipe) -> Sam
     return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
 
 
-def toy_model(data: Toy, **changes) -> Sampler:
-    """A model of a mixture as `train.py` trains it, with these changes to its recipe."""
-    recipe = Recipe(**preset("toy2d") | changes)
-    return learned(None, data, formulation(recipe.formulation), recipe)
-
-
-# ---- Runs and their files
 def run_file(out: File, job: Sequence) -> File:
     return out / f"{quote('-'.join(map(str, job)), safe='(),')}.json"
 
 
-def read_run(file: File, keys: Iterable[str]) -> dict:
+def read_run(file: File, keys) -> dict:
     with reading(file, "run of this study"):
         run = json.loads(file.read_text())
         if missing := {"job", "steps", *keys} - dict(run).keys():
@@ -63,18 +55,15 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def made(job: tuple, work: Callable[..., dict], steps: int) -> dict:
+def made(job: tuple, work: Callable, steps: int) -> dict:
     """The run of this job, in one thread."""
     torch.set_num_threads(1)
     return dict(job=job, steps=steps, **work(*job, steps=steps))
 
 
-def run_missing(
-    out: File, jobs: list[tuple], work: Callable[..., dict], steps: int, keys: Iterable[str]
-) -> list[dict]:
-    """The run of each job, a dict with these keys, the job and its number of steps: read from
-    `out`, or made by work(*job, steps=steps) and written there. ValueError where a file is damaged
-    or of other steps."""
+def run_missing(out: File, jobs: list[tuple], work: Callable, steps: int, keys) -> list[dict]:
+    """The run of each job, a dict with these keys: read from `out`, or made by work(*job, steps)
+    and written there. ValueError where a file is damaged or of other steps."""
     out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not run_file(out, job).exists()]
     present = [read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}]
@@ -92,12 +81,11 @@ def run_missing(
     return [read_run(run_file(out, job), keys) for job in jobs]
 
 
-# ---- Tables
 def mean_and_error(values: Sequence[float], form: str) -> str:
     """Mean ± standard error; a single value has no error."""
     mean = number(np.mean(values), form)
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean if error is None or not np.isfinite(error) else f"{mean} ± {error:{form}}"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{mean} ± {error:{form}}" if np.isfinite(error) else mean
 
 
 def markdown(*rows: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
 from studies import fewshapes, fewstep, rivals
-from studies.rivals import DMD, METHODS, PATH, Adversarial, Match, Skip, multistep
+from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
 from toy2d import load_mixture
 from training import options
 from training.options import Recipe, preset
@@ -139,7 +139,7 @@ def test_skipping_walks_two_parts_of_the_way():
 
 def test_progressive_students_see_data_of_their_own(start, monkeypatch):
     seeds = []
-    monkeypatch.setattr(rivals, "learned", lambda last, data, o, recipe: (
+    monkeypatch.setattr(rivals, "learned", lambda data, recipe, o, last: (
         seeds.append(recipe.seed), last
     )[1])  # fmt: skip
     rivals.progressive(*start)
@@ -218,11 +218,11 @@ class Score(torch.nn.Linear):
         return super().forward(z)
 
 
-def test_the_adversary_pushes_towards_what_the_critic_takes_for_data():
+def test_the_plain_gan_pushes_towards_what_the_critic_takes_for_data():
     torch.manual_seed(0)
     critic, x = Score(2, 2), normal(7)
     torch.manual_seed(5)
-    push = Adversarial(critic, 1e-3).push(x)
+    push = PlainGAN(critic, 1e-3).push(x)
     torch.manual_seed(5)
     z, t, _ = rivals.noised(x)
     said = critic(z, t).mean(1, keepdim=True)
@@ -233,7 +233,7 @@ def test_the_adversary_pushes_towards_what_the_critic_takes_for_data():
 def test_the_critic_learns_to_tell_data():
     torch.manual_seed(0)
     critic = Score(2, 1)
-    objective = Adversarial(critic, 0.05)
+    objective = PlainGAN(critic, 0.05)
     objective.field(lambda z, t: z - z * 0.1 - 2)  # draws x = 0.1 z + 2
     for seed in range(60):
         rows = objective.examples(
@@ -291,7 +291,7 @@ def start():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monkeypatch):
-    """Two a row; DMD's pairs alone have one and a half, DMD without pairs one, the adversary none.
+    """Two a row; DMD's pairs alone have one and a half, DMD without pairs one, the plain GAN none.
     The blocks that are drawn ahead and not used are not counted as steps."""
     teacher, data, recipe = start
     counted, original = [0], rivals.flow
@@ -308,14 +308,14 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
     students = METHODS[name].train(teacher, data, replace(recipe, block=1))
     assert all(torch.equal(w, before[key]) for key, w in teacher.network.state_dict().items())
     rows = 28 * 64
-    fewer = {"its pairs alone": 1.5, "DMD without pairs": 1, "adversarial": 0}
+    fewer = {"its pairs alone": 1.5, "DMD without pairs": 1, "plain GAN": 0}
     share = fewer.get(name, 2)
     ahead = 64 * 2 * 7  # one block is drawn in advance, of each round
     assert share * rows <= sum(counted) <= share * rows + ahead
     for n, model in students.items():
         x = model.sample(normal(5), steps=n, generator=torch.Generator().manual_seed(0))
         assert x.shape == (5, 2) and x.isfinite().all()
-    able = (1,) if "DMD" in name or name in ("its pairs alone", "adversarial") else rivals.COUNTS
+    able = (1,) if "DMD" in name or name in ("its pairs alone", "plain GAN") else rivals.COUNTS
     assert list(students) == [n for n in able if n >= min(students)]
 
 
@@ -324,7 +324,7 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
         energy=draw(normal(20)).mean().item(), outliers=0.5
     ))  # fmt: skip
-    base = fewstep.untrained(("ring", "teacher", 0), 14, tmp_path)
+    base = fewstep.untrained("ring", "teacher", 0, 14, tmp_path)
     assert math.isfinite(base["floor"])
     assert (tmp_path / "ring-0.pt").exists()
     assert list(base["scores"]["RK4"]) == ["4", "8"] and list(base["scores"]["Heun"]) == [
@@ -334,9 +334,9 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
     ]
     euler = fewstep.teacher_of("ring", 0, tmp_path).sample(normal(20), steps=8).mean().item()
     assert base["scores"]["Euler (DDIM)"]["8"]["energy"] == pytest.approx(euler, rel=1e-4)
-    run = fewstep.trained(("ring", "PeRFlow, K = 2", 1e-3, 0), 14, tmp_path)
+    run = fewstep.trained("ring", "PeRFlow, K = 2", 1e-3, 0, 14, tmp_path)
     assert list(run["scores"]) == ["2", "4", "8"] and len(run["samples"]) == 1000
-    made = [run | dict(job=["ring", name, 1e-3, 0]) for name in METHODS]
+    made = [run | dict(job=["ring", name, 1e-3, 0], steps=14) for name in METHODS]
     text = fewstep.table([base], made)
     assert "| RK4 | – | – |" in text and "| 0.001 |" in text
     assert len(fewstep.draw(made, "ring").getcolors(1 << 20)) > 50
@@ -365,7 +365,7 @@ def test_shapes_runs_are_of_their_teacher(start, tmp_path, monkeypatch):
     assert len(rest) == len(METHODS) and one[1:] == other[1:] and one[0] != other[0]
 
 
-@pytest.mark.parametrize("name", ["teacher", "DMD", "adversarial", "progressive", "PeRFlow, K = 2"])
+@pytest.mark.parametrize("name", ["teacher", "DMD", "plain GAN", "progressive", "PeRFlow, K = 2"])
 def test_a_method_on_shapes(name, monkeypatch):
     """With its captions, and the teacher's guidance in every field that is learned from."""
     monkeypatch.setitem(options.PRESETS, "shapes student", dict(batch_size=16, block=1))
@@ -382,7 +382,7 @@ def test_a_method_on_shapes(name, monkeypatch):
     scales, guided = set(), Sampler.guided
     spy = lambda self, cfg=1.0: (scales.add((self.network is network, cfg)), guided(self, cfg))[1]
     monkeypatch.setattr(Sampler, "guided", spy)
-    run = fewshapes.painted(("shapes", name, 1e-3, 0), 7, None)
+    run = fewshapes.painted("shapes", name, 1e-3, 0, 7, None)
     assert all(0 <= share <= 1 for pair in run["scores"].values() for share in pair)
-    assert ((True, 3.0) in scales) == (name != "adversarial") and (True, 1.0) not in scales
-    assert f"| {name} |" in fewshapes.table([run])
+    assert ((True, 3.0) in scales) == (name != "plain GAN") and (True, 1.0) not in scales
+    assert f"| {name} |" in fewshapes.table([run | dict(job=["shapes", name])])

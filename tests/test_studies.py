@@ -19,7 +19,7 @@ import toy2d
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
 from rf import STUDY, formulation
-from studies import architectures, bench, delta, exact, figures, plan, rank, runs, scaling
+from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
 from toy2d import load_mixture
 from train import State, train
 from training.options import PRESETS, Recipe, command
@@ -84,7 +84,7 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(n))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     job = ("rf/cosmap", "ring", 1)
-    made = lambda: runs.run_missing(tmp_path, [job], partial(rank.trained, steps=30), 30, ["name"])
+    made = lambda: runs.run_missing(tmp_path, [job], rank.trained, 30, ["name"])
     (run,) = made()
     file = runs.run_file(tmp_path, job)
     assert json.loads(file.read_text()) == run and not list(tmp_path.glob("*.tmp"))
@@ -149,7 +149,7 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"steps": 100})
     monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
     monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
-    run = delta.trained(("ring", 0), steps=20)
+    run = delta.trained("ring", 0, steps=20)
     slow, fast = run["students"]["slow"], run["students"]["fast"]
     assert 0 < slow["ratio"] < 0.1 * fast["ratio"] and slow["ratio"] < 1e-3
     assert all(x[change] > 0 for x in (slow, fast) for change in delta.CHANGES)
@@ -199,31 +199,31 @@ def inputs():
     return draw(2, 3, 32, 32), torch.tensor([0.2, 0.7]), draw(2, 8, 5), draw(2, 6)
 
 
-def test_a_uvit_without_its_skips_is_a_dit_and_with_them_is_not():
-    uvit, dit = (
-        random_network(architectures.UViT, 5),
+def test_without_its_skips_a_dit_with_skips_is_a_dit_and_with_them_is_not():
+    skip_dit, dit = (
+        random_network(architectures.SkipDiT, 5),
         random_network(partial(MMDiT, shared=True), 5),
     )
-    dit.load_state_dict({k: w for k, w in uvit.state_dict().items() if "skips" not in k})
-    assert len(uvit.skips) == 2
-    difference = lambda: (uvit(*inputs()) - dit(*inputs())).abs().max()
+    dit.load_state_dict({k: w for k, w in skip_dit.state_dict().items() if "skips" not in k})
+    assert len(skip_dit.skips) == 2
+    difference = lambda: (skip_dit(*inputs()) - dit(*inputs())).abs().max()
     assert difference() > 1e-3
-    for skip in uvit.skips:
+    for skip in skip_dit.skips:
         torch.nn.init.zeros_(skip.weight), torch.nn.init.zeros_(skip.bias)
     assert difference() == 0
-    fresh = architectures.UViT(3, context_dim=5, pooled_dim=6)
+    fresh = architectures.SkipDiT(3, context_dim=5, pooled_dim=6)
     assert all((skip.weight == 0).all() for skip in fresh.skips)
 
 
 def test_the_skips_join_mirror_images():
     """With blocks that only add their number, the last one sees x + the first one's output."""
-    uvit, seen = random_network(architectures.UViT, 5), []
-    for skip in uvit.skips:
+    skip_dit, seen = random_network(architectures.SkipDiT, 5), []
+    for skip in skip_dit.skips:
         torch.nn.init.eye_(skip.weight), torch.nn.init.zeros_(skip.bias)
-    del uvit.joint_blocks
+    del skip_dit.joint_blocks
     add = lambda i: lambda c, x: (seen.append(x[0, 0, 0].item()), x + 10**i)[1]
-    uvit.joint_blocks = [add(i) for i in range(5)]
-    x = uvit.mixed(None, torch.zeros(1, 2, 320), torch.zeros(1, 3, 320))
+    skip_dit.joint_blocks = [add(i) for i in range(5)]
+    x = skip_dit.mixed(None, torch.zeros(1, 2, 320), torch.zeros(1, 3, 320))
     # in: 0, 1, 11, then 111 + 11 from block 1, then 1122 + 1 from block 0
     assert seen == [0, 1, 11, 122, 1123]
     assert x.shape == (1, 3, 320) and (x == 11123).all()
@@ -318,7 +318,7 @@ def test_the_report_of_scaling(tmp_path):
 def test_one_real_run_of_an_architecture(monkeypatch):
     small = dict(validation=4, batch_size=4, precision="fp32")
     monkeypatch.setitem(PRESETS, "shapes", PRESETS["shapes"] | small)
-    run = architectures.trained(("CrossDiT", 1, 0), steps=20, judged=2)
+    run = architectures.trained("CrossDiT", 1, 0, steps=20, judged=2)
     steps, spent, losses = zip(*run["curve"], strict=True)
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)
     assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 <= run["seen"]["all right"] <= 1
@@ -342,10 +342,10 @@ def test_the_plan_is_what_torch_allocates():
     network = MMDiT(3, qk_norm=True, pos_embed_max_size=16, context_dim=64, pooled_dim=32)
     draw = lambda: (torch.randn(4, 16, 32, 32), torch.rand(4), torch.randn(4, 20, 64))
     inputs = *draw(), torch.randn(4, 32)
-    whole, checkpointed = plan.activations(network, "fp32", *inputs)
+    whole, checkpointed = bench.activations(network, "fp32", *inputs)
     with FakeTensorMode():
         fake = MMDiT(3, qk_norm=True, pos_embed_max_size=16, context_dim=64, pooled_dim=32)
-        said = plan.activations(fake, "fp32", *draw(), torch.empty(4, 32))
+        said = bench.activations(fake, "fp32", *draw(), torch.empty(4, 32))
     assert said == (whole, checkpointed)
     real, _ = allocated(lambda: network(*inputs))
     assert whole == pytest.approx(real, rel=0.02)
@@ -373,7 +373,7 @@ def test_the_plan_counts_weights_gradients_moments_and_average():
 
     real, _ = allocated(step)
     assert real == pytest.approx(16 * P, rel=0.03)  # beside the weights themselves
-    text = plan.planned([1, 2], 256, 3, 4, "bf16").splitlines()
+    text = bench.planned([1, 2], 256, 3, 4, "bf16").splitlines()
     one, two = (line.strip("| ").split(" | ") for line in text[2:])
     P = sum(w.numel() for w in MMDiT(2, qk_norm=True, pos_embed_max_size=64).parameters())
     assert two[1] == f"{P / 1e9:.3g}B"

@@ -1,8 +1,8 @@
 """Checkpoints: {config, step, network, ema, optimizer}, and the tables of data sets and objectives.
 
-A checkpoint is written whole or not at all. It is read with doubt: no pickle in it is run, and its
-configuration and shapes are checked before anything of its sizes is allocated. A student's Delta W
-(`delta.pt`) is read in the same way. Read next: `training/folder.py`, where a run writes it."""
+A checkpoint is written whole or not at all. It is read with doubt, like a student's `delta.pt`: no
+pickle in it is run, and nothing of its sizes is allocated before they are checked.
+Read next: `training/folder.py`, where a run writes it."""
 
 import os
 import pickle
@@ -25,8 +25,7 @@ from rf import formulation
 from training.options import Recipe, misfit, names, pick, reading
 from training.ranks import ranks, share, whole
 
-# The tables of names. A data set is a class with the methods of `data.base.Data`. An objective is a
-# formulation or, for a student, a class with the methods of `PeRFlow`.
+# The tables of names: classes with the methods of `data.base.Data`, and with those of `PeRFlow`
 DATASETS = {"toy2d": Toy, "shapes": Shapes, "cifar10": Cifar10, "latents": Latents}
 OBJECTIVES = {"perflow": PeRFlow}
 # A configuration holds these beside a `Recipe` and the `Options` of both
@@ -34,8 +33,7 @@ CONFIG = {"dataset", "objective", "spec", "teacher", "teacher_digest"}
 
 
 def objective_of(config: dict, guided: Callable | None = None):
-    """The objective of a configuration. To train a student it needs guided(cfg), the teacher's
-    network with guidance."""
+    """To train a student it needs guided(cfg), the teacher's network with guidance."""
     formula = formulation(config["formulation"], config["shift"])
     if not config["objective"]:
         return formula
@@ -80,8 +78,7 @@ def read(path: str | File, expected: str = "checkpoint") -> dict:
 
 
 def check(content: dict, expected: str) -> None:
-    """An error of any type where `configure.py` makes no such configuration, or its network has
-    other shapes than the stored weights. Nothing of these sizes is allocated."""
+    """An error of any type on what `configure.py` never makes. It allocates no such sizes."""
     config, known = content["config"], names(Recipe) | CONFIG
     if fault := misfit(config["teacher"], str | None):
         raise ValueError(f"teacher {fault}")
@@ -127,9 +124,8 @@ def load_weights(network: nn.Module, state: dict, origin: str | File, assign=Fal
 
 
 def start_from(network: nn.Module, state: dict, origin: str | File) -> None:
-    """`load_weights` for a new run, which may differ from the state in two shapes. A position table
-    of another size stays the network's. So do the vectors of labels, if there are other classes;
-    the last vector, of the null label, is taken from the state."""
+    """`load_weights` for a new run. A position table of another size stays the network's. So do the
+    vectors of labels, if there are other classes, but for the last, of the null label."""
     new, state = network.state_dict(), dict(state)
     tables = {f"{k}.weight" for k, m in network.named_modules() if isinstance(m, nn.Embedding)}
     for key in new.keys() & state.keys():

@@ -1,8 +1,7 @@
 """From the flags of a run to its configuration: plain values, which a checkpoint holds.
 
 It starts from what the data set and the objective prefer, or from the run that goes on, the teacher
-or the model to fine-tune; the flags come last. Here stand, too, the folder that a run takes and
-what may differ between a run and the one that it starts from. Read next: `train.py`."""
+or the model to fine-tune; the flags come last. Read next: `train.py`."""
 
 import argparse
 import contextlib
@@ -22,7 +21,6 @@ OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights ke
 
 
 def make_parser(description: str) -> Parser:
-    """The flags of train.py, and beneath them the whole table of defaults."""
     rows = {"every run": vars(Recipe()), **PRESETS}
     wrap = textwrap.TextWrapper(100, subsequent_indent="    ").fill
     said = lambda values: ", ".join(f"{key} {value}" for key, value in values.items())
@@ -37,10 +35,9 @@ def make_parser(description: str) -> Parser:
         add(f"--{name}", metavar="TEACHER", help=f"train a {name} student of this checkpoint")
     add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
-    add("--resume", action="store_true", default=None, help="go on with --out, or the last run")
+    add("--resume", action="store_true", help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--shard", action="store_true", default=None,
-        help="torchrun's ranks share weights and optimizer (FSDP2)")  # fmt: skip
+    add("--shard", action="store_true", help="torchrun's ranks share weights and optimizer (FSDP2)")
     parser.add_options(Recipe, "the loop", defaults=False)
     for flag, table in (("--dataset {}", DATASETS), ("--{} TEACHER", OBJECTIVES)):
         for name, entry in table.items():
@@ -49,17 +46,15 @@ def make_parser(description: str) -> Parser:
 
 
 def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
-    """(configuration, folder, the checkpoint to go on from, the model to start from) of the given
-    flags. load(model, device) reads a teacher or the model to fine-tune; `held` holds the folder's
-    lock. ValueError on bad flags."""
+    """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags.
+    load(model, device) reads the model; `held` holds the folder's lock. ValueError on bad flags."""
     objective = next((name for name in OBJECTIVES if name in given), None)
     teacher, init, resume = given.get(objective), given.get("init"), bool(given.get("resume"))
     if init and (teacher or resume):
         raise ValueError(f"--init {init} is for a new run that is no student's")
     # where it starts from
-    origin, start = teacher or init, None
-    if origin:
-        start = load(origin, given.get("device"))
+    origin = teacher or init
+    start = load(origin, given.get("device")) if origin else None
     known = start.config if start else {}
     if known.get("objective"):
         raise ValueError(f"{origin} is itself a student; take its teacher")
@@ -112,9 +107,7 @@ def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitSt
                 raise
 
 
-def compose(
-    flags: dict, data_set: str, objective: str | None, known: dict, origin: str, resume: bool
-) -> dict:
+def compose(flags: dict, data_set: str, objective, known: dict, origin, resume: bool) -> dict:
     """The fields of Recipe and of both Options, dataset, objective and spec. `known` are the values
     of the origin: a resumed run, a teacher, or a model to fine-tune, of which only the network's
     are kept. `PRESETS` change them, then the flags. ValueError names one that may not."""
@@ -148,10 +141,9 @@ def compose(
 
 
 def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
-    """The spec of the data, compared with that of the run's origin. `agree` says what is equal:
-    "all" (resume); the "shape" and the classes (a teacher's); what the "network" is built of, whose
-    classes and sizes may be others (--init). A released network takes any size, and its shape is
-    kept. ValueError names what differs."""
+    """The spec of the data, with the shape of the origin's released network, which takes any size.
+    `agree` says what must be equal: "all" (resume); "shape" and classes (a teacher's); what the
+    "network" is built of, but for its classes and sizes (--init). ValueError names what differs."""
     known = known or spec
     released = known.get("released")
     if "released" in spec:

@@ -1,8 +1,7 @@
 """The folder of a run: log, progress bar, checkpoints, signals, and faults that end the run.
 
-One process holds the folder, and its files are whole whatever happens to the process. `train.train`
-calls `Run` at log time. Logs hold no clock times, so a resumed run writes the same log.
-Read next: `training/ranks.py`, the processes of a run on several GPUs."""
+One process holds the folder, and its files are whole whatever happens to it. Logs hold no clock
+times, so a resumed run writes the same log. Read next: `training/ranks.py`."""
 
 import contextlib
 import io
@@ -77,9 +76,8 @@ def training_flops(network: nn.Module, x0: Tensor, *cond: Tensor) -> int:
 
 class Run:
     """A run while it trains. The caller sets measure(preview), which returns the metrics and draws
-    into the folder `preview`, if there is one.
-    Ctrl-C and SIGTERM end the run after a step, or at log time where steps are short or ranks must
-    agree. A second signal ends the process at once."""
+    into the folder `preview`, if there is one. Ctrl-C and SIGTERM end the run after a step, or at
+    log time where steps are short or ranks must agree; a second one ends the process at once."""
 
     measure: Callable[[File | None], dict[str, float]]
     flops = 0  # of one example in training; 0 shows no utilisation
@@ -134,7 +132,7 @@ class Run:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[File]:
-        """The folder to draw into. Ranks above 0 get one that is removed later, and print nothing."""
+        """The folder to draw into. Ranks above 0 get a temporary one, and print nothing."""
         if self.rank == 0:
             yield self.out
             return

@@ -69,9 +69,8 @@ def fast_bf16() -> bool:
     return torch.cuda.is_available() or bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu))
 
 
-# What a run changes in `Recipe`: a row for a data set, for a data set with an option, or for its
-# students. Later rows win over earlier ones, flags over all. A new class can bring a row along, see
-# `data.base.Data`. A student starts from its teacher's recipe; only rows of students change it.
+# What a data set, one of its options or its students change in `Recipe`. Later rows win, flags over
+# all. A class can bring a row along (`data.base.Data`). A student starts from its teacher's recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy2d": dict(
         formulation="rf", precision="fp32", depth=2, steps=27_000, batch_size=1024,
@@ -104,8 +103,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(words: str) -> dict[str, Any]:
-    """The changes of all rows whose words are among these: preset("toy2d student"). Only students
-    have the rows with "student", and no others."""
+    """The changes of all rows whose words are among these, as in preset("toy2d student"). Students
+    have the rows with "student", other runs the rows without."""
     given, changes = set(words.split()), {}
     for row, values in PRESETS.items():
         row_words = set(row.split())
@@ -160,7 +159,6 @@ def plain(annotation: Any) -> Any:
 
 
 def parse(expected: Any, bounds: Sequence[float], text: str) -> Any:
-    """The value of a flag that stands as text on the command line."""
     try:
         value = int(text) if expected is Count else expected(text)
     except ValueError:

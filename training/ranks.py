@@ -1,8 +1,7 @@
 """One run on the ranks of torchrun, each with other rows of a step; and the device of a rank.
 
 Every rank has the whole network, and gradients are averaged (DDP). With --shard it has a share of
-all weights, gradients, moments and averages (FSDP2); a block's weights are whole only while it
-computes. Both learn the same from the same draws and leave the same checkpoint.
+weights, gradients, moments and averages (FSDP2). Both learn the same and leave the same checkpoint.
 Read next: `data/base.py`, what a run learns, or `train.py`, which calls all of this."""
 
 import math
@@ -33,8 +32,7 @@ def ranks() -> tuple[int, int]:
 
 
 def check_device(name: str | torch.device | None = None) -> torch.device:
-    """The device of this name; by default a GPU where there is one, another one for each rank.
-    ValueError where it is not there."""
+    """The device of this name; by default a GPU, another one for each rank. Else ValueError."""
     if torch.cuda.is_available() and name in (None, "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -63,7 +61,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def join(device: torch.device) -> None:
-    """Make a group with the other ranks, if there are any."""
     torch.backends.cuda.matmul.allow_tf32 = True
     if ranks()[1] == 1:
         return
@@ -93,8 +90,7 @@ def replicated(model: nn.Module) -> nn.Module:
 
 
 def add_up(model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass adds up the gradients of all ranks: the last of a step does.
-    With --shard all do, because a rank has no room for whole gradients."""
+    """Whether the next backward pass adds up the gradients of all ranks. With --shard all do."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
 
@@ -105,8 +101,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """torch.compile each block of an MM-DiT, in place. All but the last share one compiled code, so
-    a deep network starts in seconds, not in minutes. Any other network is compiled whole."""
+    """In place, by blocks, which share one compiled code: a deep network starts in seconds."""
     for module in blocks_of(network) or [network]:
         module.compile()
 
@@ -121,20 +116,16 @@ def is_sharded(network: nn.Module) -> bool:
     return is_share(next(network.parameters(), None))
 
 
-def sharded(
-    build: Callable[[], nn.Module], device: torch.device, bf16: bool, start: nn.Module | None = None
-) -> nn.Module:
+def sharded(build: Callable, device: torch.device, bf16: bool, start=None) -> nn.Module:
     """The network of build(), shared over all ranks, with the weights of `start` or, drawn layer by
-    layer, those that build() would have drawn: no rank ever holds the whole. In bf16 a block's
-    weights are rounded before they travel, which halves the traffic. The rest is autocast's, as
-    FSDP's own mixed precision would keep the residual stream, too, in bf16."""
+    layer, its own: no rank ever holds the whole. In bf16 a block's weights are rounded before they
+    travel. The rest is autocast's: FSDP's would keep the residual stream, too, in bf16."""
     if ranks()[1] == 1:
         raise ValueError("--shard is for several ranks: torchrun --nproc_per_node N train.py ...")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # of torch 2.6 and newer
 
-    policy = MixedPrecisionPolicy(
-        torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False
-    )
+    dtype = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     # it is built with weights that have a shape and no values; buffers are real
     meta = lambda module, name, w: w if w is None else nn.Parameter(w.to("meta"), w.requires_grad)
     with register_module_parameter_registration_hook(meta):
