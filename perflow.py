@@ -25,7 +25,7 @@ class PeRFlow(rf.Objective):
         or 2 RK4 steps, rounded up to whole steps. The default is the paper's.
     parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1:
         any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`. Or
-        "epsilon", an eps-network on a linear path (LDM, DDPM), with `formulation.velocity(network)`.
+        "epsilon": an eps-network, `formulation.velocity(network)` as the teacher, a linear path.
     times: the number of discrete times in a window; None or 0 draws t from all of it.
     method, reuse: ours where they are not "euler" and 1.
     formulation: of the student's network, where it predicts something else than a velocity on rf.
@@ -60,8 +60,7 @@ class PeRFlow(rf.Objective):
         self.edges, self.windows = torch.tensor(edges, dtype=torch.float64), len(edges) - 1
         self.discrete_times = self.grid(self.windows * (times or 1))[:-1]  # (N,), from 1 down
         self.fewest = self.windows  # steps in which `sample` works
-        # a velocity field on this path as a formulation, which `rectified` writes on the RF path
-        self._flow = Formulation("a velocity field", path, "velocity")
+        self._flow = Formulation("", path, "velocity")  # whose `rectified` is on the RF path
         a, b, _, _ = path.coefficients(self.edges[-1])
         advice = "use velocity, with formulation.rectified(network) on RectifiedFlow()"
         if parameterization == "epsilon" and (a == 0 or not b.isfinite()):
@@ -81,10 +80,9 @@ class PeRFlow(rf.Objective):
 
     def draw(self, n: int, generator: Generator = None) -> Tensor:
         """Training's t (n,): 1 - floor(uN)/N, u ~ U[0, 1), as PeRFlow's code draws it, with N = K
-        times `times`; without `times` 1 - u, as the paper says. Every edge t_k is one of the N, as
-        the sampler asks there. And there the straight flow's velocity jumps: the network must tell
-        an edge from the next time above it. That is 1/N away: with four times a window it can, with
-        N = 1000 hardly. (Windows of unequal width have as many times each.)"""
+        times `times`; without `times` 1 - u, as the paper says. Every edge t_k is one of the N: the
+        sampler asks there, where the straight flow's velocity jumps. The network must tell it from
+        the next time above, 1/N away: it can with four times a window, hardly with N = 1000."""
         u = rf.draws(n, generator)
         if not self.times:
             return 1 - u
@@ -222,9 +220,7 @@ class PeRFlow(rf.Objective):
 
         windows: Annotated[int, "PeRFlow's K, its fewest steps; 1 is reflow", 1, 1000] = 4
         times: Annotated[int, "discrete times of a window; 0 is all of it", 0, 10_000] = 4
-        evaluations: Annotated[
-            int | None, "of the teacher in the solve of a window (default: 32 / windows)", 1, 10_000
-        ] = None
+        evaluations: Annotated[int | None, "of one solve (default: 32 / windows)", 1, 10_000] = None
         parameterization: Annotated[
             Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear and eps/ddpm"
         ] = "velocity"
@@ -232,9 +228,7 @@ class PeRFlow(rf.Objective):
             Literal["sync", "fixed"], "guide the student in sampling, or the teacher now"
         ] = "sync"
         teacher_cfg: Annotated[float, "guidance scale of the teacher, for fixed"] = 1.0
-        method: Annotated[
-            Literal["euler", "heun", "rk4"], "of the teacher's solve; the paper's is euler"
-        ] = "heun"
+        method: Annotated[Literal["euler", "heun", "rk4"], "of a solve; the paper: euler"] = "heun"
         reuse: Annotated[int, "draws of t that share a solve; the paper has 1", 1, 1000] = 4
 
         def __post_init__(self):

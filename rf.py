@@ -374,8 +374,8 @@ MARGIN = 1e-3  # how far t stays from an end of the path where det = 0
 class Formulation(Objective):
     """A path, what the network predicts on it (a key of PREDICTIONS), and training's density of t.
     A network is always called as network(c_in(t) z, t, *cond), with z (B,...), t (B,) in [0, 1].
-    Where det = 0 at an end of the path, its t_min or t_max moves MARGIN inside: t_max = 0.999 for
-    `eps/cos`. ValueError where det = 0 between the ends."""
+    Where det = 0 at an end, t_min or t_max moves MARGIN inside: t_max = 0.999 for `eps/cos`.
+    ValueError where det = 0 between the ends."""
 
     name: str
     path: Path
@@ -390,8 +390,8 @@ class Formulation(Objective):
         det = path.a(t) * q - path.b(t) * p
         solvable = (det.isfinite() & (det != 0)).tolist()
         if not all(solvable[1:-1]):
-            kind = type(path).__name__
-            raise ValueError(f"{self.prediction} on {kind} says nothing of x0 and eps: det = 0")
+            place = type(path).__name__
+            raise ValueError(f"{self.prediction} on {place} says nothing of x0 and eps: det = 0")
         path.t_min += 0 if solvable[0] else MARGIN
         path.t_max -= 0 if solvable[-1] else MARGIN
         object.__setattr__(self, "path", path)
@@ -491,9 +491,8 @@ class Formulation(Objective):
             if times[0] != 1 or times[-1] != 0 or (times[1:] >= times[:-1]).any():
                 raise ValueError(f"times must fall from 1 to 0, got {times.tolist()}")
         flow = self.rectified(network)
-        if (
-            method != "euler" or flow is network
-        ):  # a network on the RF path needs no ends: it is (1)
+        # a network on the RF path needs no ends: its Euler step is (1)
+        if method != "euler" or flow is network:
             rf_path = RectifiedFlow()
             if times is None:  # uniform; for ab2, whose first step is Euler's, the first are longer
                 grid = rf_path.grid(_positive(steps)) ** (1.5 if method == "ab2" else 1)
@@ -621,8 +620,7 @@ def solve(
 def guide(field: Field, null_cond: Sequence[Tensor], cfg: float) -> Field:
     """Classifier-free guidance: v_uncond + cfg (v_cond - v_uncond), in one batch of 2B; 1 is off.
     null_cond is aligned with *cond, each entry broadcast over the batch. The field is a velocity
-    field or a network: for a given z both mean the same, as every prediction is affine in the
-    network's output. ValueError on calls with another number of conditions."""
+    field or a network: velocities are affine in outputs. ValueError on other conditions."""
     if cfg == 1:
         return field
 

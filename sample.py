@@ -4,14 +4,13 @@
     python sample.py runs/shapes/checkpoint.pt --prompt "a red circle left of a blue square"
     python sample.py SD3_FOLDER --prompt "a red cube on a blue sphere" --steps 28 --cfg 5
 
-A checkpoint holds its own configuration: nothing else is needed, and no pickle in it is executed.
 Sampling integrates from t = 1 (noise) down to t = 0 (data). A notebook needs three lines:
 
     import torch, sample
     sampler = sample.load("runs/toy2d/checkpoint.pt")
     x0 = sampler.sample(torch.randn(1000, 2), steps=50)
 
-Read next: `training/checkpoint.py`, what a checkpoint holds."""
+Read next: `training/checkpoint.py`, what a checkpoint holds: nothing else is needed."""
 
 import signal
 
@@ -106,16 +105,17 @@ class Sampler:
         return self.objective.rectified(self.guided())
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, *cond: Tensor, cfg: float | None = None, **how) -> Tensor:
+    def sample(self, noise: Tensor, *cond: Tensor, cfg: float | None = None, **options) -> Tensor:
         """Standard noise (B,...) -> x0 (B,...), from t = 1 down to 0, by the objective's `sample`.
-        how: `steps`, or `times` that fall from 1 to 0; `method` (euler, heun, rk4, ab2; a student
-        takes euler steps, inside its windows); and `generator` for objectives that draw in
-        sampling. cfg is the scale of classifier-free guidance; 1 is off. ValueError on what does
-        not fit the model."""
+        options: `steps`, or `times` that fall from 1 to 0; `method` (euler, heun, rk4, ab2; of a
+        student euler); `generator` for objectives that draw in sampling. cfg is the scale of
+        guidance; 1 is off. ValueError on what does not fit the model."""
         network = self.guided(self.cfg if cfg is None else cfg)
-        return self.objective.sample(network, noise, *cond, **how)
+        return self.objective.sample(network, noise, *cond, **options)
 
-    def draw(self, n: int, *cond: Tensor, seed: int = 0, progress: bool = False, **how) -> Tensor:
+    def draw(
+        self, n: int, *cond: Tensor, seed: int = 0, progress: bool = False, **options
+    ) -> Tensor:
         """n samples in float32 on the CPU, one for each row of cond, in batches."""
         shape, out = self.config["spec"]["shape"], []
         generator, fresh = torch.Generator().manual_seed(seed), seeded(seed, 0, 0, NOISE)
@@ -123,7 +123,7 @@ class Sampler:
         for part in tqdm(rows, unit="batch", disable=not progress):
             noise = torch.randn(len(part), *shape, generator=generator)
             inputs = (x.to(self.device) for x in (noise, *(c[part] for c in cond)))
-            out.append(self.sample(*inputs, generator=fresh, **how).float().cpu())
+            out.append(self.sample(*inputs, generator=fresh, **options).float().cpu())
         return torch.cat(out)
 
 

@@ -2,8 +2,7 @@
 
 Here a trained network meets the truth, not another network. The file has the mixture, the small
 network, and the yardsticks (relative excess, energy distance, mode counts).
-Time, here and everywhere: t = 0 is data, t = 1 is noise. The mixture computes in float64, whatever
-comes in, and returns the dtype of z.
+Time, here and everywhere: t = 0 is data, t = 1 is noise. The mixture computes in float64.
 Read next: `mmdit.py`, the large network, or `train.py`, which trains on these mixtures."""
 
 import json
@@ -22,9 +21,8 @@ from rf import Field, Formulation, Generator, Pair, Path, RectifiedFlow, expand,
 # ---- The data, and everything that is exactly known of it
 class GaussianMixture:
     """x0 ~ sum_k w_k N(mu_k, Sigma_k): means (K,2), covs (K,2,2), weights (K,), tensors or lists.
-    The weights are normalised. ValueError on shapes that do not fit, non-finite numbers, weights
-    that are not positive, and matrices that are no covariance. A label is a component's index, and
-    label K (null) stands for all of them. The mixture and all its arguments are on the CPU."""
+    The weights are normalised. A label is a component's index; K (null) stands for all of them. The
+    mixture and all its arguments are on the CPU. ValueError on what is no mixture."""
 
     def __init__(self, means, covs, weights):
         try:
@@ -163,7 +161,7 @@ def load_mixture(name: str) -> GaussianMixture:
 class MLP(nn.Module):
     """Three hidden layers of 64: forward(z (B,2), t (B,)[, labels (B,)]) -> (B,2).
     t enters as sin and cos of pi k t, k = 1..3. z enters times 6, so that the first layer resolves
-    the modes. With classes a learned vector of each, and of the null label, joins the first layer."""
+    the modes. With classes, a learned vector of each or of the null label joins it."""
 
     def __init__(self, classes: int = 0, width: int = 64, frequencies: int = 3):
         super().__init__()
@@ -273,9 +271,9 @@ def trajectory(velocity: Field, z: Tensor, times: Tensor, *cond: Tensor, method=
 
 @torch.no_grad()
 def curvature(velocity: Field, z: Tensor, edges: Tensor, *cond: Tensor, steps: int = 32) -> Tensor:
-    """(len(edges) - 1,), noisiest interval first: mean |(z_e - z_s)/(t_e - t_s) - v|^2 along a
-    field's own trajectories from z, over mean |(z_e - z_s)/(t_e - t_s)|^2. 0 is straight. The Euler
-    steps never ask for v at an interval's end: a student's velocity jumps there."""
+    """(len(edges) - 1,), noisiest interval first: mean |chord - v|^2 along the field's trajectories
+    from z, over mean |chord|^2; chord = (z_e - z_s)/(t_e - t_s), and 0 is straight. The Euler steps
+    never ask for v at an interval's end: a student's velocity jumps there."""
     ratios = []
     for t, t_end in zip(edges.to(z), edges[1:].to(z), strict=False):
         vs, h = [], (t_end - t) / steps

@@ -6,11 +6,10 @@
     python train.py --resume --out runs/toy2d                 go on where a run stopped
     torchrun --nproc_per_node 8 train.py --dataset latents --data DIR
 
-From top to bottom: the batches, the state, the loop, and the command as a list. Everything drawn in
-a step comes from generators seeded by (seed, block of steps, micro-batch); the micro-batches are
-counted over ranks and accumulation alike. So the step is the only state of randomness: a resumed
-run equals the uninterrupted one bit for bit on a CPU, and two ranks equal one that accumulates
-twice. Time: t = 0 is data, t = 1 is noise. Read next: `training/options.py`, what can be chosen."""
+Everything drawn in a step comes from generators seeded by (seed, block of steps, micro-batch); the
+micro-batches are counted over ranks and accumulation alike. So the step is the only state of
+randomness: a resumed run equals the uninterrupted one bit for bit on a CPU, and two ranks equal one
+that accumulates twice. Time: t = 0 is data, t = 1 is noise. Read next: `training/options.py`."""
 
 import signal
 
@@ -94,10 +93,8 @@ class State:
         self.network, self.model, self.recipe, self.step = network, network, recipe, 0
         self.losses: list[Tensor] = []  # since the last log, on the device
         self.average = (average or copy.deepcopy(network)).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), recipe.lr, betas=(0.9, recipe.beta2), eps=recipe.eps,
-            weight_decay=recipe.weight_decay, fused=True,
-        )  # fmt: skip
+        adam = dict(betas=(0.9, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, **adam, fused=True)
 
     def load(self, checkpoint: dict, origin: File) -> None:
         """The moments are the checkpoint's, the settings of the optimizer are the recipe's."""

@@ -184,8 +184,8 @@ def load_vae(name: str, device: str):
     words = [name] if File(name).is_dir() else name.split("/")
     place, subfolder = "/".join(words[:2]), "/".join(words[2:]) or None
     try:
-        how = dict(use_safetensors=True, low_cpu_mem_usage=False)  # no pickle; no warning
-        return AutoencoderKL.from_pretrained(place, subfolder=subfolder, **how).to(device)
+        quiet = dict(use_safetensors=True, low_cpu_mem_usage=False)  # no pickle; no warning
+        return AutoencoderKL.from_pretrained(place, subfolder=subfolder, **quiet).to(device)
     except Exception as error:  # no network, no such name, damaged files, no device, ...
         raise ValueError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
 

@@ -125,8 +125,8 @@ def compose(flags: dict, data_set: str, objective, known: dict, origin, resume: 
         values = known | preset(" ".join([*words, "student"])) | data_class.distil
         fixed = OF_NETWORK | {"shift"} | names(data_class.Options) - MAY_CHANGE
     else:
-        kept = {key: known[key] for key in (OF_NETWORK | {"shift"}) & known.keys()}
-        values, fixed = preset(" ".join(words)) | data_class.recipe | kept, OF_NETWORK
+        network = {key: known[key] for key in (OF_NETWORK | {"shift"}) & known.keys()}
+        values, fixed = preset(" ".join(words)) | data_class.recipe | network, OF_NETWORK
     config = asdict(pick(Recipe, values | flags)) | options
     config |= dict(dataset=data_set, objective=objective, spec=known.get("spec"))
     for flag, value in flags.items():

@@ -35,9 +35,7 @@ class Recipe:
     depth: Annotated[Count, "of the MM-DiT: blocks, heads, and width / 64", 1, 256] = 8
     precision: Annotated[Literal["fp32", "bf16"], "of the network; all else is float32"] = "fp32"
     steps: Annotated[Count, "optimizer steps"] = 100_000
-    batch_size: Annotated[
-        Count, "examples of a step, over all ranks and accumulation", 1, 2**16
-    ] = 256
+    batch_size: Annotated[Count, "examples of a step, over ranks and accumulation", 1, 2**16] = 256
     accumulate: Annotated[Count, "micro-batches of a step on each rank"] = 1
     lr: Annotated[float, "learning rate, after the warm-up", 1e-30, 1e30] = 1e-4
     compile: Annotated[bool, "torch.compile the network"] = False
