@@ -126,8 +126,7 @@ class PeRFlow(rf.Objective):
     @torch.no_grad()
     def examples(self, x0: Tensor, *cond: Tensor, generator: Generator = None) -> Rows:
         """(z_t, t, target, *cond): draw t and eps, solve the window of t, take a point of its line.
-        The loss is E |student(z_t, t) - target|^2. There are
-        B rows, or reuse * B (see `_reused`)."""
+        The loss is E |student(z_t, t) - target|^2. (`_reused` makes reuse * B rows of B.)"""
         t = self.draw(len(x0), generator).to(x0.device)
         z_start, z_end = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
         z_start, z_end, t, *cond = self._reused(z_start, z_end, t, *cond, generator=generator)
@@ -151,9 +150,8 @@ class PeRFlow(rf.Objective):
 
     def velocity(self, student: Field) -> Field:
         """The student as a velocity field v(z, t, *cond) on the path, given the plain t.
-        epsilon: v = ((lambda_k - 1) z + eta_k eps_Theta)/(((1 - w) + w lambda_k)(t_e - t_s)), where
-        w = (t_s - t)/(t_s - t_e). With eps* for eps_Theta it is the line's slope at all its points.
-        """
+        epsilon: v = ((lambda_k - 1) z + eta_k eps_Theta)/(((1 - w) + w lambda_k)(t_e - t_s)), with
+        w = (t_s - t)/(t_s - t_e). With eps* for eps_Theta it is the line's slope everywhere."""
         field = self.field(student)
 
         def velocity(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -187,12 +185,14 @@ class PeRFlow(rf.Objective):
         steps: int | None = None, times: Times = None, method: str = "euler",
         generator: Generator = None,
     ) -> Tensor:  # fmt: skip
-        """Standard noise (B,...) -> x0 (B,...) in `steps` >= K Euler steps, t = 1 down to 0, or at
-        decreasing `times` that hold all edges. ValueError on other methods and on too few steps."""
+        """Standard noise (B,...) -> x0 (B,...) in `steps` >= K Euler steps, or at `times` that fall
+        from 1 to 0 and hold all edges. ValueError on other methods and on too few steps."""
         if method != "euler":
             raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
         times = self.grid(steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
         missing = [t.item() for t in self.edges if (times - t).abs().min() > 1e-6]
+        if (times.diff() >= 0).any():
+            raise ValueError(f"times must fall from 1 to 0, got {times.tolist()}")
         if missing:
             raise ValueError(f"a step would cross the window's edge at t = {missing[0]:g}")
         z = self.path.b(self.edges[-1]) * noise

@@ -398,6 +398,17 @@ def test_steps_never_cross_an_edge(windows, parameterization):
         perflow.grid(K - 1)
 
 
+def test_times_of_a_student_fall_and_hold_all_edges():
+    perflow, noise = PeRFlow(untaught, RF, 2), torch.zeros(1, 2)
+    still = lambda z, t: torch.zeros_like(z)
+    assert perflow.sample(still, noise, times=[1, 0.8, 0.5, 0]).shape == (1, 2)
+    for bad in ([0, 0.5, 1], [1, 0.5, 0.6, 0], [1, 0.5, 0.5, 0]):
+        with pytest.raises(ValueError, match="times must fall from 1 to 0"):
+            perflow.sample(still, noise, times=bad)
+    with pytest.raises(ValueError, match=r"cross the window's edge at t = 0\.5"):
+        perflow.sample(still, noise, times=[1, 0.6, 0])
+
+
 @pytest.mark.parametrize("parameterization", ["velocity", "epsilon"])
 def test_a_perfect_student_samples_as_the_teacher_in_any_number_of_steps(parameterization):
     """Piecewise constant by construction: a student that knows where its window started."""
