@@ -21,6 +21,11 @@ def pytest_collection_finish():
     gc.freeze()  # the modules are no garbage: they need not be looked through again and again
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of a whole run come last: it goes on beside the others."""
+    items.sort(key=lambda test: "finished" in test.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, tmp_path_factory):
     """The run of `finished`, if a test asks for it, goes on beside the tests before that."""
