@@ -194,8 +194,7 @@ def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor) -> float
 
 @torch.no_grad()
 def evaluate(sampler: Sampler, data, held_out: Sequence[Tensor], preview: File | None) -> dict:
-    """The metrics of the averaged weights: the validation loss, and what the data measure. The
-    folder `preview` gets a picture, if there is one."""
+    """The metrics of the averaged weights; the folder `preview`, if any, gets a picture."""
     field = sampler.objective.field(sampler.guided())
     metrics = {"val_loss": validation_loss(field, sampler.objective, *held_out)}
     if math.isfinite(metrics["val_loss"]):

@@ -1,7 +1,7 @@
 """From the flags of a run to its configuration: plain values, which a checkpoint holds.
 
 It starts from what the data set and the objective prefer, or from the run that goes on, the teacher
-or the model to fine-tune; the flags come last. Read next: `train.py`."""
+or the model to fine-tune; flags come last. Read next: `training/checkpoint.py`."""
 
 import argparse
 import contextlib

@@ -68,7 +68,8 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by
 
 @torch.no_grad()
 def training_flops(network: nn.Module, x0: Tensor, *cond: Tensor) -> int:
-    """Matmul FLOPs of one example as PyTorch counts them: forward, and twice that for backward."""
+    """Matmul FLOPs of one example as PyTorch counts them: forward, and twice that for backward.
+    The network is not a compiled one: torch.compile gives up blocks that it meets in a count."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x0[:1], torch.zeros(1, device=x0.device), *(c[:1] for c in cond))
     return 3 * counter.get_total_flops()
