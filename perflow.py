@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rf
-from rf import Field, Formulation, Generator, Pair, Rows, Times, expand
+from rf import Field, Formulation, Generator, InputError, Pair, Rows, Times, expand
 
 
 class PeRFlow(rf.Objective):
@@ -64,9 +64,9 @@ class PeRFlow(rf.Objective):
         a, b, _, _ = path.coefficients(self.edges[-1])
         advice = "use velocity, with formulation.rectified(network) on RectifiedFlow()"
         if parameterization == "epsilon" and (a == 0 or not b.isfinite()):
-            raise ValueError(f"epsilon: lambda_k = a_e/a_s is infinite on this path; {advice}")
+            raise InputError(f"epsilon: lambda_k = a_e/a_s is infinite on this path; {advice}")
         if not b.isfinite():
-            raise ValueError(f"{type(path).__name__} is infinite at t = 1; {advice}")
+            raise InputError(f"{type(path).__name__} is infinite at t = 1; {advice}")
 
     # ---- Windows and times
     def window(self, t: Tensor) -> Pair:
@@ -172,7 +172,7 @@ class PeRFlow(rf.Objective):
         the remainder to the noisiest. Every edge is in it, so no step crosses one."""
         K, (each, more) = self.windows, divmod(steps, self.windows)
         if each < 1:
-            raise ValueError(f"{steps} steps are too few for {K} windows: each needs at least one")
+            raise InputError(f"{steps} steps are too few for {K} windows: each needs at least one")
         grid = [self.edges[-1:]]
         for k in range(K, 0, -1):
             n = each + (k > K - more)
@@ -188,7 +188,7 @@ class PeRFlow(rf.Objective):
         """Standard noise (B,...) -> x0 (B,...) in `steps` >= K Euler steps, or at `times` that fall
         from 1 to 0 and hold all edges. ValueError on other methods and on too few steps."""
         if method != "euler":
-            raise ValueError(f"a PeRFlow student takes euler steps, not {method!r}")
+            raise InputError(f"a PeRFlow student takes euler steps, not {method!r}")
         times = self.grid(steps) if times is None else torch.as_tensor(times, dtype=torch.float64)
         missing = [t.item() for t in self.edges if (times - t).abs().min() > 1e-6]
         if (times.diff() >= 0).any():
@@ -235,7 +235,7 @@ class PeRFlow(rf.Objective):
             self.evaluations = self.evaluations or -(-32 // self.windows)
             if (self.teacher_cfg != 1) != (self.guidance == "fixed"):
                 given = f"--guidance {self.guidance} --teacher-cfg {self.teacher_cfg:g}"
-                raise ValueError(f"{given} do not go together: fixed needs a scale, sync has none")
+                raise InputError(f"{given} do not go together: fixed needs a scale, sync has none")
 
     @classmethod
     def of(cls, formula: Formulation, options: Options, guided: Callable | None) -> "PeRFlow":
@@ -250,7 +250,7 @@ class PeRFlow(rf.Objective):
             if network:
                 settings["teacher"] = formula.rectified(network)
         elif formula.prediction != "eps":
-            raise ValueError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
+            raise InputError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
         elif network:
             settings["teacher"] = formula.velocity(network)
         return cls(**settings)

@@ -42,6 +42,10 @@ def rectified_flow_sample(network, noise, steps):
     return z
 
 
+class InputError(ValueError):
+    """What a user gave is no good: a command ends with it in one line. Any other error is a bug."""
+
+
 def at_least_float32(t: Tensor | float) -> Tensor:
     """t as a tensor. Coefficients of t are never computed in half precision."""
     t = torch.as_tensor(t)
@@ -202,7 +206,7 @@ class EDM(Path):
 
     def __init__(self, P_m: float = -1.2, P_s: float = 1.2):
         if not (P_s > 0 and math.isfinite(P_m) and math.isfinite(P_s)):
-            raise ValueError(f"EDM takes a finite P_m and P_s > 0, got {P_m:g} and {P_s:g}")
+            raise InputError(f"EDM takes a finite P_m and P_s > 0, got {P_m:g} and {P_s:g}")
         self.P_m, self.P_s = P_m, P_s
 
     def _coefficients(self, t):
@@ -282,7 +286,7 @@ class LogitNormal:
 
     def __init__(self, m: float, s: float):
         if not (s > 0 and math.isfinite(m) and math.isfinite(s)):
-            raise ValueError(f"lognorm(m,s) takes a finite m and s > 0, got m = {m:g}, s = {s:g}")
+            raise InputError(f"lognorm(m,s) takes a finite m and s > 0, got m = {m:g}, s = {s:g}")
         self.m, self.s = m, s
 
     def sample(self, n: int, generator: Generator = None) -> Tensor:
@@ -306,7 +310,7 @@ class Mode:
 
     def __init__(self, s: float):
         if not -1 <= s <= 2 / (math.pi - 2):
-            raise ValueError(f"mode(s) is monotone for -1 <= s <= 2/(pi-2) = 1.7519, got s = {s:g}")
+            raise InputError(f"mode(s) is monotone for -1 <= s <= 2/(pi-2) = 1.7519, got s = {s:g}")
         self.s = s
 
     def f(self, u: Tensor) -> Tensor:
@@ -542,7 +546,7 @@ def formulation(name: str, shift: float = 1.0) -> Formulation:
     """A formulation by the paper's name, as in "rf/lognorm(0.00,1.00)".
     ValueError on an unknown name or value."""
     if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift must be a positive number, got {shift:g}")
+        raise InputError(f"shift must be a positive number, got {shift:g}")
     match = re.fullmatch(r"([a-z0-9/]+)(?:\(([^()]*)\))?", name)
     head, arguments = (match[1], match[2].split(",") if match[2] else []) if match else ("", [])
     for pattern, build in _FORMULATIONS.items():
@@ -551,9 +555,9 @@ def formulation(name: str, shift: float = 1.0) -> Formulation:
             try:
                 numbers = [float(argument) for argument in arguments]
             except ValueError:
-                raise ValueError(f"{name!r}: the arguments of {pattern} must be numbers") from None
+                raise InputError(f"{name!r}: the arguments of {pattern} must be numbers") from None
             return Formulation(name, *build(*numbers), shift=shift)
-    raise ValueError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
+    raise InputError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
 
 
 # ---- (1): dz = v(z, t) dt, from t = 1 down to t = 0

@@ -32,7 +32,7 @@ from data.base import DATA, NOISE, seeded
 from data.latents import Latents
 from mmdit import HEAD_DIM
 from perflow import plug
-from rf import SOLVERS, Field, guide
+from rf import SOLVERS, Field, InputError, guide
 from sd3 import weights
 from training.checkpoint import DATASETS, OBJECTIVES, load_weights, objective_of, read
 from training.options import Count, Recipe, command, names, pick, reading
@@ -75,7 +75,7 @@ class Sampler:
         guidance pushes a released SD3 away from the encoding of no text. t5 = False leaves SD3's
         largest encoder out. ValueError where the model takes no text."""
         if not self.config.get("dataset"):
-            raise ValueError("a network of one's own takes its conditions as they are")
+            raise InputError("a network of one's own takes its conditions as they are")
         data_set, device = DATASETS[self.config["dataset"]], self.device
         self.network.cpu()  # the encoders and the network take turns on a GPU
         cond, null_cond = data_set.encode(self.config["spec"], list(prompts), device=device, t5=t5)
@@ -90,7 +90,7 @@ class Sampler:
             reason = "no conditions, or fixed guidance"
             if self.released:
                 reason = "it is guided away from no text, which `encode` of a prompt sets"
-            raise ValueError(f"cfg {cfg:g} is not for this model: {reason}")
+            raise InputError(f"cfg {cfg:g} is not for this model: {reason}")
         guided = guide(self.network, [c.to(self.device) for c in self.null_cond], cfg)
 
         def network(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
     checkpoint = read(path)
     config = checkpoint["config"]
     if network is None and not config["dataset"]:
-        raise ValueError(f"checkpoint {path} is of a network of one's own: load(path, network=...)")
+        raise InputError(f"checkpoint {path} is of a network of one's own: load(path, network=...)")
     if network is None:
         network = DATASETS[config["dataset"]].network(config["spec"], pick(Recipe, config))
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
@@ -173,10 +173,10 @@ def plugged(sampler: Sampler, file: str | File) -> Sampler:
     delta, config = read(file, "delta"), sampler.config
     student = delta["config"]
     if config["objective"]:
-        raise ValueError(f"this model is a student already: {file} would be added twice")
+        raise InputError(f"this model is a student already: {file} would be added twice")
     theirs, ours = student["formulation"], config["formulation"]
     if theirs != ours:
-        raise ValueError(f"{file} is of a {theirs}, not of a {ours}")
+        raise InputError(f"{file} is of a {theirs}, not of a {ours}")
     with reading(file, "delta of this model"):
         plug(sampler.network, delta["delta"])
     of_student = {"objective", "teacher", "dropout"}
@@ -204,20 +204,20 @@ def run(
     no_t5: Annotated[bool, "leave SD3's largest text encoder out"] = False,
 ) -> None:
     if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out {out} must end in .png or .npz")
+        raise InputError(f"--out {out} must end in .png or .npz")
     if out.parent.is_dir() and not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: {out.parent} is not writable")
+        raise InputError(f"--out {out}: {out.parent} is not writable")
     where, texts = check_device(device), list(prompt or [])
     if prompts:
         with reading(prompts, "text"):
             texts += filter(str.strip, prompts.read_text(encoding="utf-8").splitlines())
         if not texts:
-            raise ValueError(f"--prompts {prompts} is empty")
+            raise InputError(f"--prompts {prompts} is empty")
     if texts and (label is not None or data or (num or len(texts)) < len(texts)):
         what = "a --prompt goes with neither --label nor --data"
-        raise ValueError(f"{what}, and --num is at least the number of prompts, {len(texts)}")
+        raise InputError(f"{what}, and --num is at least the number of prompts, {len(texts)}")
     if no_t5 and not texts:
-        raise ValueError("--no-t5 is for a model that draws what a --prompt says")
+        raise InputError("--no-t5 is for a model that draws what a --prompt says")
     sampler = load(checkpoint, where)
     sampler = plugged(sampler, plug) if plug else sampler
     data_set, spec = DATASETS[sampler.config["dataset"]], sampler.config["spec"]
@@ -235,7 +235,7 @@ def run(
         x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
         print(f"wrote {data_set.write(spec, out, x0, *cond, seed=seed, device=where)}")
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{where}: a smaller --size needs less memory: {error}") from None
+        raise InputError(f"{where}: a smaller --size needs less memory: {error}") from None
 
 
 def main() -> None:

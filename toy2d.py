@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rf import Field, Formulation, Generator, Pair, Path, RectifiedFlow, expand, solve
+from rf import Field, Formulation, Generator, InputError, Pair, Path, RectifiedFlow, expand, solve
 
 
 # ---- The data, and everything that is exactly known of it
@@ -146,15 +146,15 @@ def load_mixture(name: str) -> GaussianMixture:
     if raw in MIXTURES:
         return MIXTURES[raw]().standardized() if raw == name else MIXTURES[raw]()
     if not name.endswith(".json"):
-        raise ValueError(f"unknown mixture {name!r}; choose from {', '.join(MIXTURES)}, FILE.json")
+        raise InputError(f"unknown mixture {name!r}; choose from {', '.join(MIXTURES)}, FILE.json")
     try:
         return GaussianMixture(**json.loads(File(name).read_text()))
     except OSError as error:
-        raise ValueError(f"{name}: {error.strerror or error}") from None
+        raise InputError(f"{name}: {error.strerror or error}") from None
     except Exception as error:  # JSON of anything can be in it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         good = "mixture of means, covs and weights"
-        raise ValueError(f"{name} is damaged or no {good}: {reason}") from None
+        raise InputError(f"{name} is damaged or no {good}: {reason}") from None
 
 
 # ---- The network

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import perflow
 import sample
 from data.base import HELD_OUT, NOISE, seeded
-from rf import Field
+from rf import Field, InputError
 from sample import Sampler
 from training import ranks as parallel
 from training.checkpoint import DATASETS, load_weights, objective_of, save, start_from
@@ -238,7 +238,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     parts = parallel.ranks()[1] * recipe.accumulate * objective.reuse
     if recipe.batch_size % parts:
         of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
-        raise ValueError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
+        raise InputError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
     # network
     parallel.join(device)
     torch.manual_seed(recipe.seed)

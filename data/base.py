@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.labels import ClassMMDiT
 from data.pictures import draw_sheet, to_uint8
-from rf import expand
+from rf import InputError, expand
 from training.options import Count
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
@@ -56,9 +56,9 @@ def network_shape(shape: Sequence[int], **changes) -> dict:
     limit = patch * arguments["pos_embed_max_size"]
     if height % patch or width % patch or max(height, width) > limit:
         good = f"multiples of {patch} up to {limit}"
-        raise ValueError(f"latents of {height} x {width}: their sides are not {good}")
+        raise InputError(f"latents of {height} x {width}: their sides are not {good}")
     if channels != arguments["in_channels"]:
-        raise ValueError(f"latents have {channels} channels, not {arguments['in_channels']}")
+        raise InputError(f"latents have {channels} channels, not {arguments['in_channels']}")
     return arguments
 
 
@@ -88,7 +88,7 @@ class Data:
     @classmethod
     def encode(cls, spec: dict, prompts: list[str], device="cpu", t5=True) -> tuple:
         """(the conditions of these texts, null conditions or None to keep the network's)."""
-        raise ValueError(f"--prompt {prompts[0]!r}: this model takes no text")
+        raise InputError(f"--prompt {prompts[0]!r}: this model takes no text")
 
     @classmethod
     def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
@@ -96,7 +96,7 @@ class Data:
         classes = spec["classes"]
         if label is not None and not 0 <= label < classes:
             good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
-            raise ValueError(f"--label {label} is out of range; {good}")
+            raise InputError(f"--label {label} is out of range; {good}")
         labels = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
         return [labels] if classes else []
 

@@ -18,6 +18,7 @@ import torch
 
 from data.base import Dataset
 from data.pictures import to_float
+from rf import InputError
 from training.ranks import ranks
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -36,7 +37,7 @@ class Cifar10(Dataset):
 
     def __init__(self, options: Options):
         if not options.data:
-            raise ValueError("--dataset cifar10 needs --data DIR")
+            raise InputError("--dataset cifar10 needs --data DIR")
         if options.download:
             download(options.data)
         folder = File(options.data)
@@ -53,10 +54,10 @@ class Cifar10(Dataset):
                 raise FileNotFoundError(f"{name} is not among the CIFAR-10 files in {folder}")
             if len(files[name]) != RECORDS * RECORD:
                 size = f"{len(files[name])} bytes, not {RECORDS * RECORD}"
-                raise ValueError(f"{name} in {folder} has {size}: damaged, or another file")
+                raise InputError(f"{name} in {folder} has {size}: damaged, or another file")
             label = max(files[name][::RECORD])
             if label > 9:
-                raise ValueError(f"{name} in {folder} has a label {label}; good ones are 0 to 9")
+                raise InputError(f"{name} in {folder} has a label {label}; good ones are 0 to 9")
         raw = b"".join(files[name] for name in FILES)
         labels, pixels = np.split(np.frombuffer(raw, np.uint8).reshape(-1, RECORD), [1], axis=1)
         x0, labels = pixels.reshape(-1, 3, 32, 32), labels[:, 0].astype(np.int64)
@@ -77,13 +78,13 @@ def read_archive(path: File) -> dict[str, bytes]:
     raw, files = path.read_bytes(), {}
     md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if md5 != MD5:
-        raise ValueError(f"{path} has the MD5 {md5}, not {MD5}: remove it and fetch {URL} again")
+        raise InputError(f"{path} has the MD5 {md5}, not {MD5}: remove it and fetch {URL} again")
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as tar:
         for member in tar:
             name = PurePosixPath(member.name)
             harmless = member.isfile() or member.isdir()
             if not harmless or name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{path}: the member {member.name!r} is a link or points outside")
+                raise InputError(f"{path}: the member {member.name!r} is a link or points outside")
             if name.name in FILES:
                 files[name.name] = tar.extractfile(member).read()
     return files
@@ -91,7 +92,7 @@ def read_archive(path: File) -> dict[str, bytes]:
 
 def download(out: str | File) -> None:
     if ranks()[1] > 1:
-        raise ValueError("--download needs a single process: fetch the archive before torchrun")
+        raise InputError("--download needs a single process: fetch the archive before torchrun")
     archive = File(out) / ARCHIVE
     archive.parent.mkdir(parents=True, exist_ok=True)
     new = not archive.exists()
@@ -101,7 +102,7 @@ def download(out: str | File) -> None:
         read_archive(archive)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{URL} could not be fetched into {out}: {error}") from None
-    except ValueError:
+    except InputError:
         if new:
             archive.unlink()
         raise

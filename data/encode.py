@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data.latents import load_vae
 from data.pictures import to_float
+from rf import InputError
 from sd3 import text as text_encoders
 from training.folder import locked
 from training.options import Count, command, reading
@@ -59,7 +60,7 @@ def find_images(images: File, captioned: bool) -> tuple[list[File], list[str]]:
     found = {*images.glob("[!.]*/[!.]*"), *(images.rglob("[!.]*") if captioned else ())}
     files = sorted(file for file in found if file.suffix.lower() in FORMATS and file.is_file())
     if len(files) < 2:
-        raise ValueError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
+        raise InputError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
     if not captioned:
         return files, [file.parent.name for file in files]
     table = images / "metadata.jsonl"
@@ -73,7 +74,7 @@ def find_images(images: File, captioned: bool) -> tuple[list[File], list[str]]:
             with reading(caption_file, "text"):
                 captions[name] = caption_file.read_text(encoding="utf-8").strip()
         if name not in captions:
-            raise ValueError(f"{name} has no caption: no .txt beside it, no line in {table.name}")
+            raise InputError(f"{name} has no caption: no .txt beside it, no line in {table.name}")
     return files, [captions[name] for name in names]
 
 
@@ -117,7 +118,7 @@ def finish(out: File, names: Iterable[str], n: int) -> None:
     """Give the arrays their final names. ValueError where a row is missing."""
     present = (out / "rows.part").read_bytes().count(1)
     if present < n:
-        raise ValueError(f"{out} has {present} of {n} rows: a rank ended early; run it again")
+        raise InputError(f"{out} has {present} of {n} rows: a rank ended early; run it again")
     for name in reversed([*names]):  # the first one last: where it is, all are whole
         (out / f"{name}.npy.part").replace(out / f"{name}.npy")
     (out / "rows.part").unlink()
@@ -127,7 +128,7 @@ def begin(out: File, meta: dict, null: dict[str, Tensor], labels: np.ndarray) ->
     """Write meta.json, and null.npz or the labels. ValueError on a whole folder, or another's."""
     meta_file = out / "meta.json"
     if (out / "latents.npy").exists():
-        raise ValueError(f"--out {out} holds latents already; another --out keeps them")
+        raise InputError(f"--out {out} holds latents already; another --out keeps them")
     if not (out / "latents.npy.part").exists():
         if null:
             np.savez(out / "null.npz", **{key: x[0].half().numpy() for key, x in null.items()})
@@ -136,7 +137,7 @@ def begin(out: File, meta: dict, null: dict[str, Tensor], labels: np.ndarray) ->
         meta_file.write_text(json.dumps(meta, indent=1), encoding="utf-8")
     with reading(meta_file, "meta.json"):
         if json.loads(meta_file.read_text(encoding="utf-8")) != meta:
-            raise ValueError("it is of other images, --size, --vae or --text; take another --out")
+            raise InputError("it is of other images, --size, --vae or --text; take another --out")
 
 
 def latents_of(model, images: np.ndarray, meta: dict, device: torch.device, bf16: bool) -> Tensor:
@@ -161,7 +162,7 @@ def read_ahead(files: list[File], starts: list[int], batch_size: int, size: int)
             except Exception:
                 bad = [*filter(None, threads.map(lambda file: unreadable(file, size), files[i:]))]
                 what = f"{len(bad)} pictures cannot be read; replace them to go on"
-                raise ValueError(f"{what}: {', '.join(bad[:10])}") from None
+                raise InputError(f"{what}: {', '.join(bad[:10])}") from None
             yield i, x
 
 
@@ -182,13 +183,13 @@ def encode(
     """A latent is the mean of the VAE's posterior, in bf16 on a GPU. (The paper is silent. With
     samples, a call that goes on would write others.)"""
     if not (vae or text):
-        raise ValueError("encode needs --vae, or --text of a folder that has one")
+        raise InputError("encode needs --vae, or --text of a folder that has one")
     rank, world = ranks()
     vae, out, device = vae or f"{text}/vae", File(out), device or str(check_device())
     model = load_vae(vae, device)
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     if size % factor:
-        raise ValueError(f"--size {size} is not a multiple of {factor}, the VAE's patch")
+        raise InputError(f"--size {size} is not a multiple of {factor}, the VAE's patch")
     files, texts = find_images(File(images), bool(text))  # classes or captions
     listing = [f"{file.parent.name}/{file.name}" for file in files] + (texts if text else [])
     digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()

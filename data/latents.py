@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data.base import CHECKPOINTED, Dataset, network_shape, permutation
 from data.pictures import to_uint8
 from mmdit import MMDiT
+from rf import InputError
 from sd3 import text as text_encoders
 from training.options import Count, misfit, pick, reading
 
@@ -31,12 +32,12 @@ def open_array(path: File, shape: str, dtypes: str) -> np.ndarray:
     with reading(path, "array of numbers"):
         array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype.name not in dtypes.split() or not array.dtype.isnative:
-        raise ValueError(f"{path} has the type {array.dtype.str}, not one of {dtypes}")
+        raise InputError(f"{path} has the type {array.dtype.str}, not one of {dtypes}")
     if array.ndim != sum(map(str.isalpha, shape)):
-        raise ValueError(f"{path} has the shape {array.shape}, not {shape}")
+        raise InputError(f"{path} has the shape {array.shape}, not {shape}")
     size, expected = path.stat().st_size, array.offset + array.nbytes
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes, not {expected}: it is damaged")
+        raise InputError(f"{path} has {size} bytes, not {expected}: it is damaged")
     return array
 
 
@@ -61,7 +62,7 @@ def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
         meta = dict(json.loads(path.read_text(encoding="utf-8")))
         names, parts = meta.get("classes"), meta.get("parts")
         if fault := misfit(names, list[str] | None):
-            raise ValueError(f"classes {fault}")
+            raise InputError(f"classes {fault}")
         parts = parts and [[(int(i), *slices(spans)) for i, *spans in part] for part in parts]
         return asdict(pick(Meta, meta)), names, parts
 
@@ -85,33 +86,33 @@ class Latents(Dataset):
 
     def __init__(self, options: Dataset.Options):
         if not options.data:
-            raise ValueError("--dataset latents needs --data DIR")
+            raise InputError("--dataset latents needs --data DIR")
         folder, cond = File(options.data), []
         x0 = open_array(folder / "latents.npy", "(N,C,H,W)", "float16")
         meta, names, parts = read_meta(folder / "meta.json")
         N = len(x0)
         if N < 2 or not x0.size:
-            raise ValueError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
+            raise InputError(f"{folder}/latents.npy is too small: its shape is {x0.shape}")
         text = any((folder / name).exists() for name in TEXTS)
         if text == (folder / "labels.npy").exists():
             what = "labels.npy, or context.npy and pooled.npy, and not both"
-            raise ValueError(f"{folder} must hold {what}: {'both' if text else 'neither'} there")
+            raise InputError(f"{folder} must hold {what}: {'both' if text else 'neither'} there")
         for name, (shape, dtypes) in (TEXTS if text else LABELS).items():
             array = open_array(folder / name, shape, dtypes)
             cond.append(array if text else array.astype(np.int64))
             if len(array) != N:
-                raise ValueError(f"{folder}: latents.npy has {N} rows, {name} has {len(array)}")
+                raise InputError(f"{folder}: latents.npy has {N} rows, {name} has {len(array)}")
         if not text:
             low, high = int(cond[0].min()), int(cond[0].max())
             if low < 0 or high >= (len(names) if names else 100_000):
                 good = f"0 to {len(names) - 1} by the names" if names else "0 to 99,999"
-                raise ValueError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
+                raise InputError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
         null_file = folder / "null.npz"
         if text and null_file.exists():
             with reading(null_file, "encoding of no text"), np.load(null_file) as arrays:
                 null = [torch.as_tensor(arrays[name]).float() for name in ("context", "pooled")]
                 if [x.shape for x in null] != [c.shape[1:] for c in cond]:
-                    raise ValueError("its shapes are not those of the texts")
+                    raise InputError("its shapes are not those of the texts")
             self.null_cond = null
         held_out = max(1, min(1024, N // 20))
         super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
@@ -120,7 +121,7 @@ class Latents(Dataset):
             _ = [cond[i][(0, *slices)] for part in self.parts or () for i, *slices in part]
         except IndexError as error:
             fault = f"its parts are not of these texts: {error}"
-            raise ValueError(f"{folder}/meta.json: {fault}") from None
+            raise InputError(f"{folder}/meta.json: {fault}") from None
 
     def spec(self) -> dict:
         shapes = [list(c.shape[1:]) for c in self.cond] if len(self.cond) == 2 else [None, None]
@@ -155,19 +156,19 @@ class Latents(Dataset):
         if not spec["context"] or label is not None:
             return super().conditions(spec, n, label)
         if not data and (spec["meta"] or {}).get("text"):
-            raise ValueError("this model draws what a --prompt says: give it one")
+            raise InputError("this model draws what a --prompt says: give it one")
         if not data:
             return [torch.zeros(n, *spec[key]) for key in ("context", "pooled")]
         texts = cls(cls.Options(data=data))
         if any(texts.spec()[key] != spec[key] for key in ("context", "pooled")):
-            raise ValueError(f"--data {data} does not hold texts of this model's shapes")
+            raise InputError(f"--data {data} does not hold texts of this model's shapes")
         return [c[torch.arange(n) % len(c)] for c in texts.held_out(n)[1:]]
 
     @classmethod
     def images(cls, spec, x0, device="cpu"):
         try:
             return decode(x0, spec["meta"] or asdict(Meta()), str(device))
-        except ValueError as error:
+        except InputError as error:
             print(f"not decoded: {error}")
             return None
 
@@ -180,24 +181,24 @@ def load_vae(name: str, device: str):
         from diffusers import AutoencoderKL
     except ImportError:
         message = f"the VAE {name} needs the optional package diffusers: pip install diffusers"
-        raise ValueError(message) from None
+        raise InputError(message) from None
     words = [name] if File(name).is_dir() else name.split("/")
     place, subfolder = "/".join(words[:2]), "/".join(words[2:]) or None
     try:
         quiet = dict(use_safetensors=True, low_cpu_mem_usage=False)  # no pickle; no warning
         return AutoencoderKL.from_pretrained(place, subfolder=subfolder, **quiet).to(device)
     except Exception as error:  # no network, no such name, damaged files, no device, ...
-        raise ValueError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
+        raise InputError(f"the VAE {name} cannot be loaded: {str(error)[:200]}") from None
 
 
 @torch.no_grad()
 def decode(x0: Tensor, meta: dict, device: str) -> np.ndarray:
     """Latents x0 (B,C,H,W) -> uint8 (B,H,W,3). ValueError where their VAE cannot be had."""
     if not meta["vae"]:
-        raise ValueError("the meta.json of these latents names no VAE")
+        raise InputError("the meta.json of these latents names no VAE")
     vae = load_vae(meta["vae"], device)
     if vae.config.latent_channels != x0.shape[1]:
-        raise ValueError(f"the VAE {meta['vae']} takes {vae.config.latent_channels} channels")
+        raise InputError(f"the VAE {meta['vae']} takes {vae.config.latent_channels} channels")
     z = x0.to(device, torch.float32) / meta["scaling"] + meta["shift"]
     parts = z.split(max(1, 2**15 // z[0].numel()))  # the decoder's memory is large
     return np.concatenate([to_uint8(vae.decode(rows).sample) for rows in parts])

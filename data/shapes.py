@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.base import HELD_OUT, Data, seeded
 from data.pictures import draw_captioned, to_uint8
 from mmdit import MMDiT
+from rf import InputError
 from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
@@ -71,10 +72,10 @@ def row_of(caption: str) -> int:
     words = caption.split()
     for word in words:
         if word not in VOCABULARY:
-            raise ValueError(f"unknown word {word!r}; the vocabulary is {', '.join(VOCABULARY)}")
+            raise InputError(f"unknown word {word!r}; the vocabulary is {', '.join(VOCABULARY)}")
     if " ".join(words) not in CAPTIONS:
         like = "'a red circle' or 'a red circle left of a blue square'"
-        raise ValueError(f"the caption {caption!r} is not like {like}")
+        raise InputError(f"the caption {caption!r} is not like {like}")
     return [*CAPTIONS].index(" ".join(words))
 
 
@@ -234,7 +235,7 @@ class Shapes(Data):
     def conditions(cls, spec, n, label=None, data=None, generator=None):
         """The conditions of drawn captions; half of them name an unseen pair."""
         if label is not None:
-            raise ValueError(f"--label {label}: this model takes a --prompt")
+            raise InputError(f"--label {label}: this model takes a --prompt")
         halves = draw_rows(n - n // 2, generator), draw_rows(n // 2, generator, new=True)
         return conditions_of(torch.cat(halves))
 

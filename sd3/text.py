@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rf import InputError
 from training.options import reading
 from training.ranks import check_memory
 
@@ -32,11 +33,11 @@ def open_folder(name: str, parts: Sequence[str]) -> File:
             patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
             folder = File(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # no package, no network, no such name, ...
-            raise ValueError(f"{name} is no folder nor on the hub: {str(error)[:200]}") from None
+            raise InputError(f"{name} is no folder nor on the hub: {str(error)[:200]}") from None
     for part in parts:
         if not (folder / part).is_dir():
             hint = "; --no-t5 does without" if part in T5 else ""
-            raise ValueError(f"{folder} is no folder of a released SD3: it has no {part}{hint}")
+            raise InputError(f"{folder} is no folder of a released SD3: it has no {part}{hint}")
     return folder
 
 
@@ -103,7 +104,7 @@ def load(folder: str | File, t5=True, device="cpu", t5_tokens=256, width=0) -> E
         import transformers
     except ImportError:
         message = "text encoders need the optional package transformers: pip install transformers"
-        raise ValueError(message) from None
+        raise InputError(message) from None
     clip = "CLIPTokenizer", "CLIPTextModelWithProjection"
     classes = {"": clip, "_2": clip}  # by the suffix of the folders
     if t5:
@@ -117,7 +118,7 @@ def load(folder: str | File, t5=True, device="cpu", t5_tokens=256, width=0) -> E
             tokenizers.append(tokenizer_class.from_pretrained(folder / f"tokenizer{suffix}"))
             encoder = encoder_class.from_pretrained(place, use_safetensors=True)
         except Exception as error:  # damaged or missing files, ...
-            raise ValueError(f"{folder}, encoder{suffix}: {str(error)[:200]}") from None
+            raise InputError(f"{folder}, encoder{suffix}: {str(error)[:200]}") from None
         encoders.append(encoder.to(dtype).eval().requires_grad_(False))
     size = sum(p.nbytes for encoder in encoders for p in encoder.parameters())
     hint = "; --no-t5 leaves the largest one out" if t5 else ""

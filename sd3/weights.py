@@ -9,6 +9,7 @@ from pathlib import Path as File
 import torch
 from torch import Tensor
 
+from rf import InputError
 from sd3.text import CLIPS, open_folder
 from training.options import reading
 
@@ -23,9 +24,9 @@ def read_weights(path: File) -> dict[str, Tensor]:
         try:
             state |= load_file(file)
         except Exception as error:  # the package has error types of its own
-            raise ValueError(f"{file} is no safetensors file: {str(error)[:120]}") from None
+            raise InputError(f"{file} is no safetensors file: {str(error)[:120]}") from None
     if not state:
-        raise ValueError(f"{path} has no .safetensors file")
+        raise InputError(f"{path} has no .safetensors file")
     return state
 
 
@@ -33,11 +34,11 @@ def latent_size(spec: dict, pixels: int) -> int:
     """The latent's side for pictures of this size. ValueError where it does not fit the model."""
     factor, network = (spec["meta"] or {}).get("factor"), spec.get("released")
     if not factor or not network:
-        raise ValueError(f"--size {pixels}: only a released SD3 draws in other sizes")
+        raise InputError(f"--size {pixels}: only a released SD3 draws in other sizes")
     patch = factor * network["patch_size"]  # in pixels
     limit = patch * network["pos_embed_max_size"]
     if pixels % patch or pixels > limit:
-        raise ValueError(f"--size {pixels} is not a multiple of {patch} up to {limit}")
+        raise InputError(f"--size {pixels} is not a multiple of {patch} up to {limit}")
     return pixels // factor
 
 
@@ -77,7 +78,7 @@ def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if "pos_embed" in state:
         return state
     if "pos_embed.pos_embed" not in state:
-        raise ValueError("these are not the weights of an SD3 transformer")
+        raise InputError("these are not the weights of an SD3 transformer")
     renamed = {}
     for key, value in state.items():
         for old, new in RENAMED.items():

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import sample
 from data.shapes import Shapes
+from rf import InputError
 from studies.rivals import COUNTS, METHODS
 from studies.runs import markdown, run_missing
 from training.checkpoint import digest
@@ -48,7 +49,7 @@ def run(
 ) -> None:
     teacher = sample.load(checkpoint)
     if teacher.config["dataset"] != "shapes":
-        raise ValueError(f"{checkpoint} is of {teacher.config['dataset']}, not of shapes")
+        raise InputError(f"{checkpoint} is of {teacher.config['dataset']}, not of shapes")
     checksum, steps = f"{digest(teacher.network):08x}", preset("shapes student")["steps"]
     jobs = [(checksum, name, lr, 0) for name in ("teacher", *METHODS)]
     work = partial(painted, checkpoint=checkpoint)

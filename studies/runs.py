@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data.toy import number
-from rf import formulation
+from rf import InputError, formulation
 from sample import Sampler
 from train import State, batches, train
 from training.options import Recipe, reading
@@ -68,7 +68,7 @@ def run_missing(out: File, jobs: list[tuple], work: Callable, steps: int, keys) 
     missing = [job for job in jobs if not run_file(out, job).exists()]
     present = [read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}]
     if other := {run["steps"] for run in present} - {steps}:
-        raise ValueError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
+        raise InputError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; the files of finished runs stay
     workers = max(1, min(len(missing), os.cpu_count()))
     with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:

@@ -21,7 +21,7 @@ from data.latents import Latents
 from data.shapes import Shapes
 from data.toy import Toy
 from perflow import PeRFlow, same_network
-from rf import formulation
+from rf import InputError, formulation
 from training.options import Recipe, misfit, names, pick, reading
 from training.ranks import ranks, share, whole
 
@@ -120,7 +120,7 @@ def load_weights(network: nn.Module, state: dict, origin: str | File, assign=Fal
         network.load_state_dict(state, assign=assign)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{origin} holds the weights of another network: {reason[:200]}") from None
+        raise InputError(f"{origin} holds the weights of another network: {reason[:200]}") from None
 
 
 def start_from(network: nn.Module, state: dict, origin: str | File) -> None:

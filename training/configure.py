@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path as File
 
+from rf import InputError
 from training.checkpoint import DATASETS, OBJECTIVES, digest, read
 from training.folder import locked
 from training.options import PRESETS, Parser, Recipe, names, pick, preset
@@ -51,13 +52,13 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
     objective = next((name for name in OBJECTIVES if name in given), None)
     teacher, init, resume = given.get(objective), given.get("init"), bool(given.get("resume"))
     if init and (teacher or resume):
-        raise ValueError(f"--init {init} is for a new run that is no student's")
+        raise InputError(f"--init {init} is for a new run that is no student's")
     # where it starts from
     origin = teacher or init
     start = load(origin, given.get("device")) if origin else None
     known = start.config if start else {}
     if known.get("objective"):
-        raise ValueError(f"{origin} is itself a student; take its teacher")
+        raise InputError(f"{origin} is itself a student; take its teacher")
     # its folder
     not_kept = ("out", "resume", "device", "init", "shard", objective)
     flags = {key: value for key, value in given.items() if key not in not_kept}
@@ -69,10 +70,10 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
         checkpoint, origin = read(out / "checkpoint.pt"), f"the run in {out}"
         known = checkpoint["config"]
         if teacher and known["objective"] != objective:
-            raise ValueError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
+            raise InputError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
         if flags.get("steps", known["steps"]) < checkpoint["step"]:
             at = f"{out} is at step {checkpoint['step']} already"
-            raise ValueError(f"--steps {flags['steps']}: {at}")
+            raise InputError(f"--steps {flags['steps']}: {at}")
         data_set, objective = flags.get("dataset", known["dataset"]), known["objective"]
         teacher = teacher or known["teacher"]
         if teacher and not start:
@@ -80,7 +81,7 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
     config = compose(flags, data_set, objective, known, origin, resume)
     weights = digest(start.network) if teacher else None
     if resume and weights != known.get("teacher_digest"):
-        raise ValueError(f"{teacher} has other weights than the teacher of {origin}")
+        raise InputError(f"{teacher} has other weights than the teacher of {origin}")
     return config | {"teacher": teacher, "teacher_digest": weights}, out, checkpoint, start
 
 
@@ -112,7 +113,7 @@ def compose(flags: dict, data_set: str, objective, known: dict, origin, resume: 
     of the origin: a resumed run, a teacher, or a model to fine-tune, of which only the network's
     are kept. `PRESETS` change them, then the flags. ValueError names one that may not."""
     if data_set not in DATASETS:
-        raise ValueError(f"unknown data set {data_set!r}; choose from {', '.join(DATASETS)}")
+        raise InputError(f"unknown data set {data_set!r}; choose from {', '.join(DATASETS)}")
     data_class, student_class = DATASETS[data_set], OBJECTIVES.get(objective)
     options = asdict(pick(data_class.Options, known | flags))
     if student_class:
@@ -134,9 +135,9 @@ def compose(flags: dict, data_set: str, objective, known: dict, origin, resume: 
         if flag not in config:
             owners = [f"--dataset {n}" for n, d in DATASETS.items() if flag in names(d.Options)]
             owners += [f"--{n} TEACHER" for n, o in OBJECTIVES.items() if flag in names(o.Options)]
-            raise ValueError(f"{shown} needs {' or '.join(owners)}")
+            raise InputError(f"{shown} needs {' or '.join(owners)}")
         if known and flag in fixed and config[flag] != known[flag]:
-            raise ValueError(f"{shown} differs from {origin}, which has {str(known[flag])[:80]}")
+            raise InputError(f"{shown} differs from {origin}, which has {str(known[flag])[:80]}")
     return config
 
 
@@ -157,5 +158,5 @@ def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
     if agree == "network" and not released and spec["shape"][0] != known["shape"][0]:
         differ.append("shape")
     if differ:
-        raise ValueError(f"these data are not those of {origin}: {', '.join(differ)} differ")
+        raise InputError(f"these data are not those of {origin}: {', '.join(differ)} differ")
     return spec

@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
 
 import torch
 
+from rf import InputError
+
 Count = NewType("Count", int)  # a whole number of at least 1
 
 
@@ -120,7 +122,7 @@ def pick(cls: type, values: dict) -> Any:
     types = {field.name: field.type for field in fields(cls) if field.name in values}
     for name, annotation in types.items():
         if fault := misfit(values[name], annotation):
-            raise ValueError(f"{name.replace('_', '-')} {fault}")
+            raise InputError(f"{name.replace('_', '-')} {fault}")
     return cls(**{name: values[name] for name in types})
 
 
@@ -168,16 +170,16 @@ def parse(expected: Any, bounds: Sequence[float], text: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: Any, content: str) -> Iterator[None]:
-    """Any error while a user's file is read, of many types, becomes a ValueError of one line."""
+    """Any error while a user's file is read, of many types, becomes an InputError of one line."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
         if isinstance(error, RuntimeError) and no_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(f"{path} is damaged or no {content}: {reason}") from None
+        raise InputError(f"{path} is damaged or no {content}: {reason}") from None
 
 
 def no_memory(error: Exception) -> bool:
@@ -193,11 +195,12 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def one_line_errors(self):
-        """Bad input (ValueError, OSError) or Ctrl-C ends the command in one line, no traceback."""
+        """Bad input, a fault of the system (OSError) or Ctrl-C ends the command in one line. Any
+        other error keeps its traceback."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (InputError, OSError) as error:
             self.error(error)
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error):

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from mmdit import MMDiT
+from rf import InputError
 
 
 def ranks() -> tuple[int, int]:
@@ -27,7 +28,7 @@ def ranks() -> tuple[int, int]:
     if not (rank or world):
         rank, world = "0", "1"
     if not (str(rank).isdecimal() and str(world).isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK {rank} of WORLD_SIZE {world}: torchrun sets both")
+        raise InputError(f"RANK {rank} of WORLD_SIZE {world}: torchrun sets both")
     return int(rank), int(world)
 
 
@@ -42,7 +43,7 @@ def check_device(name: str | torch.device | None = None) -> torch.device:
         present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         good = ", ".join(["cpu", *(name for name in present if present[name])])
         reason = str(error).partition("\n")[0][:80]
-        raise ValueError(f"device {name!r} is not there ({reason}); choose from {good}") from None
+        raise InputError(f"device {name!r} is not there ({reason}); choose from {good}") from None
     return device
 
 
@@ -51,7 +52,7 @@ def check_memory(owner: str, size: int, device: torch.device, hint: str = "") ->
     need = f"{owner}: {size / 2**30:.1f} GB on {device}"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
     if size > free:
-        raise ValueError(f"{need}, which has {free / 2**30:.1f} GB left{hint}")
+        raise InputError(f"{need}, which has {free / 2**30:.1f} GB left{hint}")
     print(need)
 
 
@@ -121,7 +122,7 @@ def sharded(build: Callable, device: torch.device, bf16: bool, start=None) -> nn
     layer, its own: no rank ever holds the whole. In bf16 a block's weights are rounded before they
     travel. The rest is autocast's: FSDP's would keep the residual stream, too, in bf16."""
     if ranks()[1] == 1:
-        raise ValueError("--shard is for several ranks: torchrun --nproc_per_node N train.py ...")
+        raise InputError("--shard is for several ranks: torchrun --nproc_per_node N train.py ...")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # of torch 2.6 and newer
 
     dtype = torch.bfloat16 if bf16 else None
