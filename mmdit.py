@@ -11,6 +11,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import checkpoint
 
 HEAD_DIM = 64  # a network of depth d has d blocks, d heads of 64 values, and width 64 d
@@ -55,8 +56,10 @@ class RMSNorm(nn.RMSNorm):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(64)) v in one fused call; q, k, v (B,heads,N,64), no mask.
-    For bf16 on a CPU it takes three plain calls, because the fused kernel is slower there."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+    It takes three plain calls for bf16 on a CPU, because the fused kernel is slower there, and for
+    forward-mode derivatives (jvp), which that kernel has not."""
+    forward_mode = any(unpack_dual(x).tangent is not None for x in (q, k, v))
+    if forward_mode or (q.dtype == torch.bfloat16 and q.device.type == "cpu"):
         return (HEAD_DIM**-0.5 * q @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -33,6 +33,8 @@ class PeRFlow(rf.Objective):
     Sync: a plain teacher, conditions dropped in training, a student guided in sampling.
     ValueError on windows that do not rise from 0 to 1 and on settings out of range."""
 
+    distils = True
+
     def __init__(
         self, teacher: Field | None, path: rf.Path, windows: int | Sequence[float] = 4,
         evaluations: int = 8, parameterization: str = "velocity", times: int | None = 4,
@@ -128,7 +130,7 @@ class PeRFlow(rf.Objective):
         """(z_t, t, target, *cond): draw t and eps, solve the window of t, take a point of its line.
         The loss is E |student(z_t, t) - target|^2. (`_reused` makes reuse * B rows of B.)"""
         t = self.draw(len(x0), generator).to(x0.device)
-        z_start, z_end = self.solve_window(x0, rf.gaussian_like(x0, generator), t, *cond)
+        z_start, z_end = self.solve_window(x0, self.noise(x0, generator), t, *cond)
         z_start, z_end, t, *cond = self._reused(z_start, z_end, t, *cond, generator=generator)
         z_t, target = self._line(z_start, z_end, t)
         return z_t, t, target, *cond
@@ -253,7 +255,9 @@ class PeRFlow(rf.Objective):
             raise InputError(f"{formula.name} predicts no eps: --parameterization velocity fits it")
         elif network:
             settings["teacher"] = formula.velocity(network)
-        return cls(**settings)
+        objective = cls(**settings)
+        objective.teacher_cfg, objective.noise = scale, formula.noise  # starts are the teacher's
+        return objective
 
 
 def arrived(z_start: Tensor, z_end: Tensor) -> Tensor:

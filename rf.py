@@ -10,7 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -44,6 +44,16 @@ def rectified_flow_sample(network, noise, steps):
 
 class InputError(ValueError):
     """What a user gave is no good: a command ends with it in one line. Any other error is a bug."""
+
+
+def needed(call: str) -> Callable:
+    """A stub for what a class has to bring. Its error says what to write."""
+
+    def stub(of, *args, **options):
+        name = of.__name__ if isinstance(of, type) else type(of).__name__
+        raise NotImplementedError(f"{name} needs `{call}`")
+
+    return stub
 
 
 def at_least_float32(t: Tensor | float) -> Tensor:
@@ -344,15 +354,41 @@ class CosMap:
 
 # ---- Formulations: the loss, its weight (16), (18), and what a trained network means
 class Objective:
-    """What a network learns, and how that is sampled: a `Formulation`, a `PeRFlow`, a rival.
-    Its rows (z_in, t, target, *cond) are drawn ahead by `examples`, in a thread of their own."""
+    """The face of an objective: what a network learns, and how that is sampled. A `Formulation`, a
+    `PeRFlow` and a rival are one; a subclass brings what is `needed` here. Its rows (z_in, t,
+    target, *cond) are drawn ahead by `examples`, in a thread of their own.
+    x0, eps, noise, z_in and target are (B,...), t is (B,), or (B,times_given) in rows."""
 
+    @dataclass
+    class Options:
+        """There is nothing to choose."""
+
+    distils = False  # whether its flag is --NAME TEACHER, and not --NAME
+    teacher_cfg = 1.0  # the guidance scale that the teacher has in training
     reuse = 1  # rows that `examples` makes of each datum
     fewest = 1  # steps in which `sample` works
+    times_given = 1  # columns of t; the network's `times_taken`, by default 1, must be equal
 
-    def target(self, average: Field, rows: Rows) -> Rows:
-        """The rows with their targets. An objective whose targets need the average of the weights
-        computes them here, in the step."""
+    of = classmethod(needed("of(cls, formula, options, guided) -> the objective"))
+    examples = needed("examples(self, x0, *cond, generator) -> (z_in, t, target, *cond)")
+    pair = needed("pair(self, x0, eps, t, *cond) -> (z_in, target) of the validation loss")
+    velocity = needed("velocity(self, network) -> v(z, t, *cond) on `path`")
+    rectified = needed("rectified(self, network) -> v(z, t, *cond) on the RF path")
+    grid = needed("grid(self, steps) -> (steps + 1,) times from 1 to 0")
+    sample = needed("sample(self, network, noise, *cond, steps, times, method, generator) -> x0")
+
+    def noise(self, x0: Tensor, generator: Generator = None) -> Tensor:
+        """eps for x0, independent of it. A coupling of both is another `noise`: it meets the rows
+        of one batch at a time."""
+        return gaussian_like(x0, generator)
+
+    @property
+    def coupled(self) -> bool:
+        return getattr(self.noise, "__func__", None) is not Objective.noise
+
+    def target(self, network: Field, average: Field, rows: Rows) -> Rows:
+        """The rows with their targets. An objective whose targets need the network or the average
+        of its weights computes them here, in the step."""
         return rows
 
     def field(self, network: Field) -> Field:
@@ -360,9 +396,10 @@ class Objective:
         return network
 
     def rows_loss(self, network: Field, average: Field, rows: Rows) -> Tensor:
-        """E |field(z_in, t, *cond) - target|^2, a mean over rows and dimensions: every loss."""
+        """E |field(z_in, t, *cond) - target|^2, a mean over rows and dimensions: the loss of all
+        but those that bring another."""
         field = self.field(network)
-        z_in, t, target, *cond = self.target(average, rows)
+        z_in, t, target, *cond = self.target(network, average, rows)
         output = field(z_in, t, *cond)
         return (output.to(target.dtype) - target).square().mean()
 
@@ -423,7 +460,7 @@ class Formulation(Objective):
         path's own velocity and t ~ U it is (8), which is (11). For eps the paper's (12) has another
         factor, ((b/2) lambda')^2, and for v on the cosine path (8) is pi^2/4 times this loss."""
         t = self.draw(len(x0), generator).to(x0.device)
-        z_in, target = self.pair(x0, gaussian_like(x0, generator), t)
+        z_in, target = self.pair(x0, self.noise(x0, generator), t)
         return z_in, t, target, *cond
 
     def weight(self, t: Tensor) -> Tensor:
@@ -515,7 +552,8 @@ class Formulation(Objective):
 
 
 # ---- The paper's names
-_FORMULATIONS: dict[str, Callable[..., tuple]] = {  # name(arguments): path, prediction, density
+# name(arguments): path, prediction, density; or a Formulation of a class of its own
+_FORMULATIONS: dict[str, Callable[..., tuple | Formulation]] = {
     "rf": lambda: (RectifiedFlow(), "velocity"),
     "rf/lognorm(m,s)": lambda m, s: (RectifiedFlow(), "velocity", LogitNormal(m, s)),
     "rf/mode(s)": lambda s: (RectifiedFlow(), "velocity", Mode(s)),
@@ -556,7 +594,10 @@ def formulation(name: str, shift: float = 1.0) -> Formulation:
                 numbers = [float(argument) for argument in arguments]
             except ValueError:
                 raise InputError(f"{name!r}: the arguments of {pattern} must be numbers") from None
-            return Formulation(name, *build(*numbers), shift=shift)
+            built = build(*numbers)
+            if isinstance(built, Formulation):
+                return replace(built, name=name, shift=shift)
+            return Formulation(name, *built, shift=shift)
     raise InputError(f"unknown formulation {name!r}; choose from {', '.join(_FORMULATIONS)}")
 
 
@@ -632,8 +673,8 @@ def guide(field: Field, null_cond: Sequence[Tensor], cfg: float) -> Field:
         if not len(cond) == len(null_cond) > 0:
             counts = f"{len(cond)} given, {len(null_cond)} null ones known"
             raise ValueError(f"cfg {cfg:g} needs conditions to guide by: {counts}")
-        pairs = zip(cond, null_cond, strict=True)
-        both = (torch.cat([c, torch.as_tensor(n).to(c).expand_as(c)]) for c, n in pairs)
+        pairs = zip(cond, null_cond, strict=True)  # a float stays one, whatever the null's kind
+        both = (torch.cat([c, torch.as_tensor(n).to(c.device).expand_as(c)]) for c, n in pairs)
         v_cond, v_uncond = field(torch.cat([z, z]), torch.cat([t, t]), *both).chunk(2)
         return v_uncond + cfg * (v_cond - v_uncond)
 

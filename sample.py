@@ -65,11 +65,6 @@ class Sampler:
         dropped = self.config.get("dropout", 1)
         return tuple(getattr(self.network, "null_cond", ())) if dropped else ()
 
-    @property
-    def released(self) -> bool:
-        """Whether this is SD3 as released, or fine-tuned from it."""
-        return bool(self.config.get("spec", {}).get("released"))
-
     def encode(self, prompts: Sequence[str], t5: bool = True) -> list[Tensor]:
         """The conditions of these prompts, (B,...) each, on the network's device. From now on
         guidance pushes a released SD3 away from the encoding of no text. t5 = False leaves SD3's
@@ -87,10 +82,9 @@ class Sampler:
     def guided(self, cfg: float = 1.0) -> Field:
         """The network as it is called: in its precision, with guidance of this scale."""
         if not math.isfinite(cfg) or (cfg != 1 and not self.null_cond):
-            reason = "no conditions, or fixed guidance"
-            if self.released:
-                reason = "it is guided away from no text, which `encode` of a prompt sets"
-            raise InputError(f"cfg {cfg:g} is not for this model: {reason}")
+            reason = "no conditions, fixed guidance, or, of SD3, no prompt yet"
+            why = f"{reason}: it is guided away from no text, which `encode` of a prompt sets"
+            raise InputError(f"cfg {cfg:g} is not for this model: {why}")
         guided = guide(self.network, [c.to(self.device) for c in self.null_cond], cfg)
 
         def network(z: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -99,10 +93,11 @@ class Sampler:
 
         return network
 
-    @property
-    def velocity(self) -> Field:
-        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it predicts."""
-        return self.objective.rectified(self.guided())
+    def velocity(self, z: Tensor, t: Tensor, *cond: Tensor, cfg: float | None = None) -> Tensor:
+        """The network as a velocity field v(z, t, *cond) on the RF path, whatever it predicts. It
+        is guided as in `sample`."""
+        field = self.objective.rectified(self.guided(self.cfg if cfg is None else cfg))
+        return field(z, t, *cond)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, *cond: Tensor, cfg: float | None = None, **options) -> Tensor:
@@ -141,8 +136,6 @@ def load(path: str | File, device: str | torch.device = "cpu", network=None) -> 
     if network is None:
         network = DATASETS[config["dataset"]].network(config["spec"], pick(Recipe, config))
     load_weights(network, checkpoint["ema"], f"checkpoint {path}")
-    if config["spec"].get("released"):
-        network.null_cond = ()  # it is the encoding of no text, which `encode` knows
     network = network.to(check_device(device)).eval().requires_grad_(False)
     return Sampler(network, objective_of(config), config, checkpoint["step"])
 
@@ -162,7 +155,6 @@ def load_released(path: str, device: torch.device) -> Sampler:
     with torch.device("meta"):
         network = Latents.network(spec, recipe)
     load_weights(network, state, path, assign=True)
-    network.null_cond = ()  # it is the encoding of no text, which `encode` knows
     network = network.to(device).eval().requires_grad_(False)
     return Sampler(network, objective_of(config), config)
 
@@ -195,6 +187,7 @@ def run(
     prompt: Annotated[list[str] | None, "what to draw, of models with text; repeatable"] = None,
     prompts: Annotated[File | None, "a file of prompts, one a line"] = None,
     label: Annotated[int | None, "class of a conditional model (default: all classes)"] = None,
+    condition: Annotated[float | None, "the number that a model is conditioned on"] = None,
     plug: Annotated[str | None, "add this delta.pt of a PeRFlow student to the weights"] = None,
     seed: Annotated[int, "of the starting noise"] = 0,
     data: Annotated[str | None, "a folder of latents whose held-out texts are drawn"] = None,
@@ -213,8 +206,13 @@ def run(
             texts += filter(str.strip, prompts.read_text(encoding="utf-8").splitlines())
         if not texts:
             raise InputError(f"--prompts {prompts} is empty")
+    if label is not None and condition is not None:
+        raise InputError(
+            f"--label {label} and --condition {condition:g}: a model takes one of them"
+        )
+    label = label if condition is None else condition
     if texts and (label is not None or data or (num or len(texts)) < len(texts)):
-        what = "a --prompt goes with neither --label nor --data"
+        what = "a --prompt goes with neither --label nor --data nor --condition"
         raise InputError(f"{what}, and --num is at least the number of prompts, {len(texts)}")
     if no_t5 and not texts:
         raise InputError("--no-t5 is for a model that draws what a --prompt says")
@@ -229,8 +227,8 @@ def run(
             cond = [c[torch.arange(n) % len(c)].cpu() for c in sampler.encode(texts, not no_t5)]
         else:
             cond = data_set.conditions(spec, n, label, data, seeded(seed, 0, 0, DATA))
-            if sampler.released and data:
-                sampler.network.null_cond = data_set(data_set.Options(data)).null_cond or ()
+            if data and (null_cond := data_set(data_set.Options(data)).empty(spec)):
+                sampler.network.null_cond = null_cond
         out.parent.mkdir(parents=True, exist_ok=True)
         x0 = sampler.draw(n, *cond, seed=seed, progress=True, steps=steps, method=solver, cfg=cfg)
         print(f"wrote {data_set.write(spec, out, x0, *cond, seed=seed, device=where)}")

@@ -159,25 +159,29 @@ def load_mixture(name: str) -> GaussianMixture:
 
 # ---- The network
 class MLP(nn.Module):
-    """Three hidden layers of 64: forward(z (B,2), t (B,)[, labels (B,)]) -> (B,2).
+    """1 + depth hidden layers of 64: forward(z (B,C), t (B,)[, labels (B,)]) -> (B,C).
     t enters as sin and cos of pi k t, k = 1..3. z enters times 6, so that the first layer resolves
-    the modes. With classes, a learned vector of each or of the null label joins it."""
+    the modes. With classes, a learned vector of each or of the null label joins it. A network of
+    several times_taken gets them as the columns of t (B,times_taken)."""
 
-    def __init__(self, classes: int = 0, width: int = 64, frequencies: int = 3):
+    def __init__(
+        self, classes: int = 0, depth: int = 2, in_channels: int = 2, width: int = 64,
+        frequencies: int = 3, times_taken: int = 1,
+    ):  # fmt: skip
         super().__init__()
-        self.null_cond = (torch.tensor(classes),) if classes else ()
+        self.null_cond, self.times_taken = (torch.tensor(classes),) if classes else (), times_taken
         self.register_buffer("omega", math.pi * torch.arange(1, frequencies + 1), persistent=False)
-        self.input = nn.Linear(2 + 2 * frequencies, width)
+        self.input = nn.Linear(in_channels + 2 * frequencies * times_taken, width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        hidden = [nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
-        self.body = nn.Sequential(*hidden, nn.Linear(width, 2))
+        hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.SiLU())]
+        self.body = nn.Sequential(nn.SiLU(), *hidden, nn.Linear(width, in_channels))
 
     def forward(self, z: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
-        angle = t[:, None] * self.omega  # (B,3)
+        angle = (t.reshape(len(t), -1, 1) * self.omega).flatten(1)  # (B,3)
         h = self.input(torch.cat([6 * z, angle.sin(), angle.cos()], dim=1))  # (B,8) -> (B,64)
         if self.label is None:
             return self.body(h)
-        labels = labels or (torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.long),)
+        labels = labels or (z.new_full((len(z),), self.label.num_embeddings - 1, dtype=torch.long),)
         return self.body(h + self.label(*labels))  # no labels are null labels
 
 

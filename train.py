@@ -22,7 +22,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -39,12 +39,20 @@ from rf import Field, InputError
 from sample import Sampler
 from training import ranks as parallel
 from training.checkpoint import DATASETS, load_weights, objective_of, save, start_from
-from training.configure import compared, configure, make_parser
+from training.configure import configure, make_parser
 from training.folder import Run, training_flops
 from training.options import Recipe, pick, reading
 
 
 # ---- The batches: (z_in, t, target, *cond), a pure function of (seed, block of steps, micro-batch)
+def made_of(objective, make: Callable, size: int, *tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors make(*tensors), of all rows at once; `size` rows at a time where x0 and noise are
+    coupled, as a coupling is of one batch."""
+    size = size if objective.coupled else len(tensors[0])
+    parts = [make(*part) for part in zip(*(x.split(size) for x in tensors), strict=True)]
+    return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
 def batches(
     data, objective, recipe: Recipe, null_cond: Sequence[Tensor] = (),
     start: int = 0, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
@@ -64,7 +72,8 @@ def batches(
             generator = seeded(recipe.seed, n, micro, NOISE, device)
             if null_cond:
                 cond = data.drop(cond, null_cond, recipe.dropout, generator)
-            rows = objective.examples(x0, *cond, generator=generator)
+            make = partial(objective.examples, generator=generator)
+            rows = made_of(objective, make, size // block, x0, *cond)
             streams.append(zip(*(x.split(len(x) // block) for x in rows), strict=True))
         return list(zip(*streams, strict=True))
 
@@ -180,9 +189,10 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
 
 
 @torch.no_grad()
-def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor) -> float:
+def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor, batch_size=256) -> float:
     """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
-    eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
+    generator = seeded(0, 1, 0, HELD_OUT)
+    (eps,) = made_of(objective, lambda x: [objective.noise(x, generator)], batch_size, x0)
     parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
     losses = []
     for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
@@ -196,7 +206,8 @@ def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor) -> float
 def evaluate(sampler: Sampler, data, held_out: Sequence[Tensor], preview: File | None) -> dict:
     """The metrics of the averaged weights; the folder `preview`, if any, gets a picture."""
     field = sampler.objective.field(sampler.guided())
-    metrics = {"val_loss": validation_loss(field, sampler.objective, *held_out)}
+    size = sampler.config["batch_size"]
+    metrics = {"val_loss": validation_loss(field, sampler.objective, *held_out, batch_size=size)}
     if math.isfinite(metrics["val_loss"]):
         metrics |= data.metrics(sampler)
         if preview:
@@ -226,15 +237,17 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     data_set = DATASETS[config["dataset"]]
     data = data_set(pick(data_set.Options, config))
     agree = "all" if checkpoint else "shape" if config["teacher"] else "network"
-    config["spec"] = compared(data.spec(), config["spec"], origin, agree)
-    empty = data.null_cond if config["spec"].get("released") else None  # the encoding of no text
+    spec = data.spec()
+    config["spec"] = data.agreed(spec, config["spec"] or spec, origin, agree)
+    empty = data.empty(config["spec"])
     # objective
     teacher = start if config["teacher"] else None
     if teacher:
         teacher.config["spec"] = config["spec"]  # a released one draws other sizes, too
         teacher.network.null_cond = empty or teacher.network.null_cond
-        teacher.cfg = config["teacher_cfg"] if config.get("teacher_cfg", 1) != 1 else teacher.cfg
     objective = objective_of(config, teacher and teacher.guided)
+    if objective.teacher_cfg != 1:
+        teacher.cfg = objective.teacher_cfg
     parts = parallel.ranks()[1] * recipe.accumulate * objective.reuse
     if recipe.batch_size % parts:
         of = f"{parts}, which is ranks x --accumulate x {objective.reuse} (rows of one datum)"
@@ -249,6 +262,9 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         start_from(network, start.network.state_dict(), origin)
     if empty:
         network.null_cond = empty
+    if (taken := getattr(network, "times_taken", 1)) != objective.times_given:
+        times = f"takes {taken} times, and {config['objective']} gives {objective.times_given}"
+        raise InputError(f"--network {recipe.network} {times}")
     del start  # a teacher stays
     # state
     state = State(network, recipe, shard(network) if given.get("shard") else None)
@@ -266,7 +282,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         held_out = [x.to(device) for x in data.held_out(recipe.validation)]
         run.measure = lambda preview: evaluate(sampler, data, held_out, preview)
         if run.peak and not teacher:  # a student's steps are its teacher's work, too: not counted
-            run.flops = training_flops(state.average, *held_out)
+            run.flops = training_flops(objective.field(state.average), *held_out)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or threads)
     null_cond = [c.to(device) for c in getattr(network, "null_cond", ())]
@@ -282,15 +298,15 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         print(f"stopped; saved step {state.step}. Go on with: {again}")
     if run.calls and not outcome:
         with run.shown() as folder:
-            report(sampler, data, teacher, folder)
+            report(sampler, None if given.get("no_report") else data, teacher, folder)
     return outcome
 
 
 def report(sampler: Sampler, data, teacher: Sampler | None, out: File) -> None:
-    """After the last step: a student's Delta W, the report of the data, and what to type next."""
+    """After the last step: a student's Delta W, the report of the data, if it is wanted, and what
+    to type next."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: the report may be cut short
-    print("trained; now sampling, measuring and drawing", flush=True)  # minutes for an MM-DiT
     steps = ""
     if teacher:
         weights = teacher.network.state_dict()
@@ -301,7 +317,9 @@ def report(sampler: Sampler, data, teacher: Sampler | None, out: File) -> None:
             save(out / "delta.pt", {"delta": delta, "config": sampler.config})
             ratio = perflow.norm(delta) / perflow.norm(weights)
             print(f"{out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
-    data.report(sampler, out, teacher)
+    if data:
+        print("trained; now sampling, measuring and drawing", flush=True)  # minutes for an MM-DiT
+        data.report(sampler, out, teacher)
     print(f"next: python sample.py {out}/checkpoint.pt{steps} --out samples.png")
 
 

@@ -5,6 +5,7 @@ a line in `training.checkpoint.DATASETS`. Batch n is a pure function of (seed, n
 Read next: `data/toy.py`, the smallest data set."""
 
 import functools
+import inspect
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.labels import ClassMMDiT
+from data.networks import NETWORKS
 from data.pictures import draw_sheet, to_uint8
-from rf import InputError, expand
+from rf import InputError, expand, needed
 from training.options import Count
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
-CHECKPOINTED = 30  # networks this deep compute activations again, to need less memory
 
 
 def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Generator:
@@ -63,9 +63,15 @@ def network_shape(shape: Sequence[int], **changes) -> dict:
 
 
 class Data:
-    """What all data sets share. Each adds the rest: examples(n, generator), or its own batch and
-    held_out; spec and report; and, with nothing but a spec, network and write. `Options` are its
-    flags. A spec is a `Spec` as a dict: plain values, from which a network is built."""
+    """The face of a data set: what a run asks of its data. A subclass brings what is `needed` here,
+    and its `Options` if it has flags. x0 is (n,*shape), as the network takes it; each of *cond is
+    (n,...): labels (n,), or what else the network takes after t. A spec is a `Spec` as a dict:
+    plain values, all that is known of the data when a checkpoint is read.
+    Methods of the class have no data; the others do."""
+
+    @dataclass
+    class Options:
+        """There is nothing to choose."""
 
     @dataclass
     class Spec:
@@ -75,15 +81,50 @@ class Data:
     recipe: ClassVar[dict] = {}  # what a fork changes in the `Recipe`, like a row of PRESETS,
     distil: ClassVar[dict] = {}  # and in the recipe of its students
     cfg: ClassVar[float] = 1.0  # the guidance scale of callers that name none
-    null_cond: Sequence[Tensor] | None = None  # for a released network; ours take zeros
     parts: ClassVar[list | None] = None  # what training drops together, see `drop`
+    of_network: ClassVar[set] = set()  # keys of the spec, beside shape and classes, that it fixes
 
-    # Of a data set that draws its examples; `Dataset` stores them
+    # What a data set brings; `Dataset` has most of it for pictures in arrays
+    spec = needed("spec(self) -> dict(shape=[C, H, W], classes=K), or more")
+    examples = needed("examples(self, n, generator) -> [x0, *cond]")
+    arguments = classmethod(needed("arguments(cls, spec) -> dict of the network's arguments"))
+    write = classmethod(needed("write(cls, spec, file, x0, *cond, seed, device) -> the file"))
+
+    # Of a data set that draws its examples; `Dataset` stores them. n numbers batches, or, where
+    # the recipe's block is not 1, blocks of them: size is batch_size x block / micros
     def batch(self, seed: int, n: int, size: int, micro=0, micros=1, device="cpu") -> list[Tensor]:
         return [x.to(device) for x in self.examples(size, seeded(seed, n, micro, DATA))]
 
     def held_out(self, n: int) -> list[Tensor]:
         return self.examples(n, seeded(0, 0, 0, HELD_OUT))
+
+    def empty(self, spec: dict) -> Sequence[Tensor] | None:
+        """The null conditions, where the data know them, and not the network."""
+
+    @classmethod
+    def network(cls, spec: dict, recipe) -> nn.Module:
+        """The network of this name. InputError where it is not for these data."""
+        build, arguments = NETWORKS[recipe.network], cls.arguments(spec) | {"depth": recipe.depth}
+        try:
+            inspect.signature(build).bind(**arguments)
+        except TypeError as error:
+            why = f"is not for {cls.__name__}: {error}"
+            raise InputError(f"--network {recipe.network} {why}") from None
+        return build(**arguments)
+
+    @classmethod
+    def agreed(cls, spec: dict, known: dict, origin: str, agree: str) -> dict:
+        """The spec of these data, where it agrees with that of the origin in "all" (of a run that
+        goes on); "shape", classes and what is `of_network` (of a teacher); or the "network" of
+        other classes and sizes (of --init). InputError names what differs."""
+        shapes = {"shape", "classes"} if agree == "shape" else set()
+        keys = spec.keys() if agree == "all" else cls.of_network | shapes
+        differ = [key for key in spec if key in keys and spec[key] != known.get(key)]
+        if agree == "network" and spec["shape"][0] != known["shape"][0]:
+            differ.append("shape")
+        if differ:
+            raise InputError(f"these data are not those of {origin}: {', '.join(differ)} differ")
+        return spec
 
     @classmethod
     def encode(cls, spec: dict, prompts: list[str], device="cpu", t5=True) -> tuple:
@@ -92,8 +133,11 @@ class Data:
 
     @classmethod
     def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
-        """The conditions of n samples: one label, all labels in turn, or none without classes."""
+        """The conditions of n samples: one label, all labels in turn, or none without classes.
+        --condition gives a float label; data is a folder of conditions."""
         classes = spec["classes"]
+        if isinstance(label, float):
+            raise InputError(f"--condition {label:g}: this model is not conditioned on a number")
         if label is not None and not 0 <= label < classes:
             good = f"choose from 0 to {classes - 1}" if classes else "this model has no classes"
             raise InputError(f"--label {label} is out of range; {good}")
@@ -101,11 +145,12 @@ class Data:
         return [labels] if classes else []
 
     def drop(self, cond: list[Tensor], null_cond, share: float, generator) -> list[Tensor]:
-        """Replace rows by the null condition, in its dtype: this share of them loses all. Each of n
-        parts, a condition or [(condition, *slices of its axes), ...], is dropped by itself, at the
-        n-th root of the share: SD3 drops each of its three encoders at 46.4%."""
+        """Replace rows by the null condition: this share of them loses all. Each of n parts, a
+        condition or [(condition, *slices of its axes), ...], is dropped by itself, at the n-th root
+        of the share: SD3 drops each of its three encoders at 46.4%. A float stays one."""
         parts = self.parts or [[(i,)] for i in range(len(cond))]
-        result = [c.to(null.dtype, copy=True) for c, null in zip(cond, null_cond, strict=True)]
+        pairs = zip(cond, null_cond, strict=True)
+        result = [c.to(torch.promote_types(c.dtype, n.dtype), copy=True) for c, n in pairs]
         for part in parts:
             u = torch.rand(len(cond[0]), generator=generator, device=generator.device)
             dropped = u < share ** (1 / len(parts))
@@ -120,6 +165,12 @@ class Data:
 
     def preview(self, model, out: File) -> None:
         """Draw a picture while the run goes on."""
+
+    def report(self, model, out: File, teacher=None) -> None:
+        """Draw what `sample.py` draws."""
+        cond = self.conditions(self.spec(), 100)
+        x0 = model.draw(100, *cond, steps=max(50, model.objective.fewest))
+        print(f"wrote {self.write(self.spec(), out / 'samples.png', x0, *cond)}")
 
     @staticmethod
     def compare(student, teacher, measure, counts=(1, 2, 4, 8, 16, 32, 100)) -> None:
@@ -151,7 +202,8 @@ class Dataset(Data):
 
     def __init__(self, x0, *cond, names: list[str] | None = None, held_out=None, rows=None):
         self.x0, self.cond, self.names = x0, cond, names
-        self.classes = (len(names) if names else int(cond[0].max()) + 1) if len(cond) == 1 else 0
+        labelled = len(cond) == 1 and not torch.is_floating_point(torch.as_tensor(cond[0][:1]))
+        self.classes = (len(names) if names else int(cond[0].max()) + 1) if labelled else 0
         rows = np.arange(len(x0)) if rows is None else rows
         split = len(x0) - (max(1, len(x0) // 20) if held_out is None else held_out)
         self.train_rows, self.held_out_rows = rows[:split], rows[split:]
@@ -195,10 +247,8 @@ class Dataset(Data):
 
     # ---- From a spec, without data: the network, and pictures of its samples
     @classmethod
-    def network(cls, spec: dict, recipe) -> nn.Module:
-        network = ClassMMDiT(spec["classes"], recipe.depth, **network_shape(spec["shape"]))
-        network.mmdit.checkpointing = recipe.depth >= CHECKPOINTED
-        return network
+    def arguments(cls, spec):
+        return network_shape(spec["shape"]) | dict(classes=spec["classes"], tokens=4)
 
     @classmethod
     def images(cls, spec: dict, x0: Tensor, device="cpu") -> np.ndarray | None:

@@ -7,15 +7,14 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.base import CHECKPOINTED, Dataset, network_shape, permutation
+from data.base import Dataset, network_shape, permutation
 from data.pictures import to_uint8
-from mmdit import MMDiT
 from rf import InputError
 from sd3 import text as text_encoders
 from training.options import Count, misfit, pick, reading
@@ -73,6 +72,8 @@ class Latents(Dataset):
     Latents are stored as the network takes them: (z - shift) scaling has about unit variance. Of a
     fixed permutation min(1024, N/20) rows are held out, as a folder is sorted by class."""
 
+    of_network: ClassVar = {"context", "pooled"}
+
     @dataclass
     class Spec(Dataset.Spec):
         context: list[Annotated[Count, "", 1, 2**16]] | None = None
@@ -107,13 +108,13 @@ class Latents(Dataset):
             if low < 0 or high >= (len(names) if names else 100_000):
                 good = f"0 to {len(names) - 1} by the names" if names else "0 to 99,999"
                 raise InputError(f"{folder}/labels.npy has labels {low} to {high}, not {good}")
-        null_file = folder / "null.npz"
+        self.null, null_file = None, folder / "null.npz"
         if text and null_file.exists():
             with reading(null_file, "encoding of no text"), np.load(null_file) as arrays:
                 null = [torch.as_tensor(arrays[name]).float() for name in ("context", "pooled")]
                 if [x.shape for x in null] != [c.shape[1:] for c in cond]:
                     raise InputError("its shapes are not those of the texts")
-            self.null_cond = null
+            self.null = null
         held_out = max(1, min(1024, N // 20))
         super().__init__(x0, *cond, names=names, held_out=held_out, rows=permutation(N, 0, 0))
         self.meta, self.parts = meta, parts if text else None
@@ -128,15 +129,33 @@ class Latents(Dataset):
         return super().spec() | dict(context=shapes[0], pooled=shapes[1], meta=self.meta)
 
     @classmethod
-    def network(cls, spec: dict, recipe) -> nn.Module:
+    def arguments(cls, spec):
         if not spec["context"]:
-            return super().network(spec, recipe)
+            return super().arguments(spec)
         shape = network_shape(spec["shape"], **(spec["released"] or {}))
-        text = dict(context_dim=spec["context"][-1], pooled_dim=spec["pooled"][-1])
-        network = MMDiT(recipe.depth, **shape, **text)
-        network.null_cond = (torch.zeros(spec["context"]), torch.zeros(spec["pooled"]))
-        network.checkpointing = recipe.depth >= CHECKPOINTED
+        return shape | dict(context_dim=spec["context"][-1], pooled_dim=spec["pooled"][-1])
+
+    @classmethod
+    def network(cls, spec, recipe):
+        """Ours learns with zeros for no text; a released one with the encoding of no text, which
+        `encode` and `empty` know."""
+        network = super().network(spec, recipe)
+        if spec["context"]:
+            zeros = torch.zeros(spec["context"]), torch.zeros(spec["pooled"])
+            network.null_cond = () if spec["released"] else zeros
         return network
+
+    def empty(self, spec):
+        if spec["released"]:
+            return self.null or [torch.zeros(spec[key]) for key in ("context", "pooled")]
+
+    @classmethod
+    def agreed(cls, spec, known, origin, agree):
+        """The shape of a released network joins it; this network takes any size and length."""
+        spec = spec | {"released": known.get("released")}
+        free = {"shape", "context"} if spec["released"] and agree != "all" else set()
+        super().agreed(spec | {key: known[key] for key in free}, known, origin, agree)
+        return spec
 
     @classmethod
     def encode(cls, spec, prompts, device="cpu", t5=True):

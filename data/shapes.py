@@ -6,7 +6,6 @@ two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, p
 the words, so it does not say which object has which colour. Read next: `data/cifar10.py`."""
 
 import itertools
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path as File
 from typing import ClassVar
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from data.base import HELD_OUT, Data, seeded
 from data.pictures import draw_captioned, to_uint8
-from mmdit import MMDiT
 from rf import InputError
 from training.options import fast_bf16
 
@@ -197,14 +195,10 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
 class Shapes(Data):
     """Captioned pictures, new ones in each step."""
 
-    @dataclass
-    class Options:
-        """There is nothing to choose."""
-
     cfg: ClassVar = 3.0
     parts: ClassVar = [[(0,), (1,)]]  # both conditions are dropped together
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Data.Options):
         if not fast_bf16():
             print("shapes: this CPU is slow in bf16, so the default is float32, at half the speed")
 
@@ -216,16 +210,11 @@ class Shapes(Data):
         rows = draw_rows(n, generator)
         return [paint(rows, generator), *conditions_of(rows)]
 
-    @staticmethod
-    def network(spec: dict, recipe) -> nn.Module:
-        """An MM-DiT with patches of 8 x 8: 16 image tokens beside 8 words."""
-        channels, width = len(VOCABULARY), len(VOCABULARY) + WORDS  # of c_vec, of c_ctxt
-        network = MMDiT(
-            recipe.depth, in_channels=3, patch_size=8, pos_embed_max_size=SIZE // 8,
-            context_dim=width, pooled_dim=channels, qk_norm=True,
-        )  # fmt: skip
-        network.null_cond = torch.zeros(WORDS, width), torch.zeros(channels)
-        return network
+    @classmethod
+    def arguments(cls, spec):
+        """Patches of 8 x 8: 16 image tokens beside 8 words."""
+        shape = dict(in_channels=3, patch_size=8, pos_embed_max_size=SIZE // 8, qk_norm=True)
+        return shape | dict(context_dim=len(VOCABULARY) + WORDS, pooled_dim=len(VOCABULARY))
 
     @classmethod
     def encode(cls, spec, prompts, device="cpu", t5=True):
@@ -234,8 +223,9 @@ class Shapes(Data):
     @classmethod
     def conditions(cls, spec, n, label=None, data=None, generator=None):
         """The conditions of drawn captions; half of them name an unseen pair."""
-        if label is not None:
-            raise InputError(f"--label {label}: this model takes a --prompt")
+        if label is not None or data:
+            given = f"--data {data}" if label is None else f"--label {label}"
+            raise InputError(f"{given}: this model takes a --prompt")
         halves = draw_rows(n - n // 2, generator), draw_rows(n // 2, generator, new=True)
         return conditions_of(torch.cat(halves))
 

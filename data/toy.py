@@ -7,18 +7,17 @@ Read next: `data/shapes.py`."""
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import toy2d
 from data import pictures
 from data.base import DATA, Data, seeded
-from data.labels import ClassMMDiT
 from rf import Formulation, RectifiedFlow, solve
-from toy2d import MLP, GaussianMixture, load_mixture, reference, relative_excess, yardsticks
+from toy2d import GaussianMixture, load_mixture, reference, relative_excess, yardsticks
 
 
 def number(value: float, form: str) -> str:
@@ -48,7 +47,6 @@ class Toy(Data):
     class Options:
         mixture: Annotated[str | dict, f"{', '.join(toy2d.MIXTURES)}, or FILE.json"] = "ring"
         conditional: Annotated[bool, "give the network the mode's label"] = False
-        network: Annotated[Literal["mlp", "mmdit"], "the small MLP, or a small MM-DiT"] = "mlp"
 
         def __post_init__(self):
             if isinstance(self.mixture, str):  # the checkpoint holds the mixture, not its name
@@ -75,12 +73,9 @@ class Toy(Data):
         x0, labels = self.mixture.sample(n, generator)
         return [x0, *[labels] * self.conditional]
 
-    @staticmethod
-    def network(spec: dict, recipe) -> nn.Module:
-        if spec["network"] == "mlp":
-            return MLP(spec["classes"])
-        shape = dict(in_channels=2, patch_size=1, pos_embed_max_size=1, tokens=1)
-        return ClassMMDiT(spec["classes"], recipe.depth, **shape)
+    @classmethod
+    def arguments(cls, spec):
+        return dict(in_channels=2, classes=spec["classes"])
 
     @classmethod
     def conditions(cls, spec, n, label=None, data=None, generator=None):
@@ -112,8 +107,10 @@ class Toy(Data):
 
     # ---- What a run shows
     def metrics(self, model) -> dict[str, float]:
-        """The relative excess, of formulations only: nobody knows the best student of a teacher."""
-        if model.device.type != "cpu" or not isinstance(model.objective, Formulation):
+        """The relative excess, of formulations with independent noise only: else nobody knows the
+        best answer."""
+        known = isinstance(model.objective, Formulation) and not model.objective.coupled
+        if model.device.type != "cpu" or not known:
             return {}
         judged = model.guided(), model.objective, self.mixture, self.conditional
         return {"excess": relative_excess(*judged, n=8192)}

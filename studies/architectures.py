@@ -7,19 +7,17 @@ so the table has the others deeper, too. The exact reader judges pairs seen in t
 
 import math
 import time
-from functools import partial
 from pathlib import Path as File
 from typing import Annotated
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from data.networks import NETWORKS
 from data.pictures import plot
 from data.shapes import Shapes
-from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
+from mmdit import MMDiT
 from rf import formulation
 from sample import Sampler
 from studies.runs import markdown, mean_and_error, run_missing
@@ -28,59 +26,7 @@ from training.folder import training_flops
 from training.options import Count, Recipe, command, preset
 
 
-# ---- The rivals: each has MM-DiT's embeddings, adaLN and final layer
-class CrossBlock(StreamBlock):
-    """Self-attention over the image, cross-attention to the text, MLP. The text stays as it is."""
-
-    def __init__(self, width: int, qk_norm: bool):
-        super().__init__(width, qk_norm)
-        self.query, self.proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-
-    def forward(self, c: Tensor, context: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """c (B,D), context (B,L,D), x (B,N,D) -> context and x."""
-        qkv, (gate, shift_mlp, scale_mlp, gate_mlp) = self.pre_attention(x, c)
-        q, k, v = (part.transpose(1, 2) for part in qkv)  # (B,heads,N,64)
-        x = x + gate * self.attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        heads = lambda y: y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B,heads,.,64)
-        q = heads(self.query(F.layer_norm(x, x.shape[-1:])))
-        k, v = map(heads, self.key_value(context).chunk(2, dim=-1))
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        return context, x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
-
-
-class CrossDiT(MMDiT):
-    def __init__(self, depth: int, qk_norm: bool = False, **shape):
-        super().__init__(depth, **shape)
-        self.joint_blocks = nn.ModuleList(CrossBlock(self.width, qk_norm) for _ in range(depth))
-        for name, layer in self.named_modules():
-            self.initialize_layer(name, layer)
-        for block in self.joint_blocks:  # so that each block starts as the identity
-            nn.init.zeros_(block.proj.weight)
-
-
-class SkipDiT(MMDiT):
-    """A DiT with skips, zero at first, from each block of the first half to its mirror image.
-    (SD3's UViT is a U-Net with a transformer in it; that of Bao et al. concatenates its skips.)"""
-
-    def __init__(self, depth: int, **shape):
-        super().__init__(depth, **shape, shared=True)
-        self.skips = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(depth // 2))
-        for p in self.skips.parameters():
-            nn.init.zeros_(p)
-
-    def mixed(self, c: Tensor, context: Tensor, x: Tensor) -> Tensor:
-        """c (B,D), context (B,L,D), x (B,N,D) -> x after all blocks."""
-        tokens, outputs = torch.cat([context, x], dim=1), []  # (B,L+N,D), then after each block
-        for i, block in enumerate(self.joint_blocks):
-            mirror = len(self.joint_blocks) - 1 - i
-            if mirror < i:
-                tokens = tokens + self.skips[mirror](outputs[mirror])
-            tokens = self.computed(block, c, tokens)
-            outputs.append(tokens)
-        return tokens[:, context.shape[1] :]
-
-
+# ---- Two networks more
 def half_blind(part: str) -> type[MMDiT]:
     """An MM-DiT that sees this one of its two texts, and zeros for the other."""
 
@@ -92,15 +38,10 @@ def half_blind(part: str) -> type[MMDiT]:
     return HalfBlind
 
 
-NETWORKS = {
-    "MM-DiT": MMDiT,
-    "DiT": partial(MMDiT, shared=True),
-    "CrossDiT": CrossDiT,
-    "DiT with skips": SkipDiT,
-    "MM-DiT, c_ctxt alone": half_blind("context"),
-    "MM-DiT, c_vec alone": half_blind("pooled"),
-}
-VARIANTS = [(name, 4) for name in NETWORKS] + [("DiT", 5), ("CrossDiT", 5), ("DiT with skips", 5)]
+for part in ("context", "pooled"):
+    NETWORKS[f"mmdit, {part} alone"] = half_blind(part)
+RIVALS = [name for name in NETWORKS if name != "mlp"]
+VARIANTS = [(name, 4) for name in RIVALS] + [("dit", 5), ("crossdit", 5), ("skipdit", 5)]
 VERDICTS = [(pairs, what) for pairs in ("seen", "unseen") for what in ("all right", "shapes")]
 POINTS = 10  # of a curve
 
@@ -110,11 +51,11 @@ def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> 
     """The validation loss over steps and over seconds of training, then how often samples are
     right, of seen and of unseen pairs, at guidance 3."""
     data, curve = Shapes(Shapes.Options()), []
-    recipe = Recipe(**preset("shapes") | dict(depth=depth, steps=steps, seed=seed))
+    changes = dict(network=name, depth=depth, steps=steps, seed=seed)
+    recipe = Recipe(**preset("shapes") | changes)
     torch.manual_seed(seed)
     data.network(data.spec(), Recipe(depth=1))  # the runs of README.md drew these weights first
-    with mock.patch("data.shapes.MMDiT", NETWORKS[name]):
-        network = data.network(data.spec(), recipe)
+    network = data.network(data.spec(), recipe)
     objective, state = formulation(recipe.formulation), State(network, recipe)
     sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
     held_out = data.held_out(recipe.validation)
@@ -175,7 +116,7 @@ def table(runs: list[dict]) -> str:
 def draw(runs: list[dict]):
     """The curves of equal depth, averaged over seeds: log10 of the loss over the share of steps."""
     curves = {}
-    for name, depth in VARIANTS[: len(NETWORKS)]:
+    for name, depth in VARIANTS[: len(RIVALS)]:
         seeds = [run["curve"] for run in runs if run["job"][:2] == [name, depth]]
         y = torch.tensor(seeds)[..., 2].log10().mean(0)
         curves[name] = torch.arange(1, len(y) + 1) / len(y), y

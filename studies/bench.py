@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 
 import toy2d
-from data.base import CHECKPOINTED
+from data.networks import CHECKPOINTED
 from data.toy import Toy
 from mmdit import MMDiT
 from rf import formulation

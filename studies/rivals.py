@@ -76,7 +76,7 @@ class Skip(PeRFlow):
         return torch.maximum(t - self.skip, self.window(t)[1])
 
     @torch.no_grad()
-    def target(self, average: Field, rows: Rows) -> Rows:
+    def target(self, network: Field, average: Field, rows: Rows) -> Rows:
         z, t, first, *cond = rows
         m, (_, t_end) = self._middle(t), self.window(t)
         second = self.second or self.field(average)
@@ -109,10 +109,6 @@ class Match(Objective):
         self.reuse = 2 if pairs else 1
         self.optimizer = torch.optim.AdamW(critic.parameters(), lr, (0.0, 0.99), weight_decay=0)
 
-    def field(self, network: Field) -> Field:
-        self.network = network  # `target` draws with its present weights
-        return network
-
     def examples(self, x0: Tensor, *cond: Tensor, generator=None) -> Rows:
         rows = gaussian_like(x0, generator), torch.ones(len(x0)), x0, *cond
         if not self.pairs:
@@ -121,9 +117,9 @@ class Match(Objective):
         both = zip(rows, [c[i] for c in self.pairs], strict=True)
         return [torch.stack(pair, dim=1).flatten(0, 1) for pair in both]
 
-    def target(self, average: Field, rows: Rows) -> Rows:
+    def target(self, network: Field, average: Field, rows: Rows) -> Rows:
         noise, t, x0, *cond = (c[:: self.reuse] for c in rows)
-        goal = x = (noise - self.network(noise, t, *cond)).detach()
+        goal = x = (noise - network(noise, t, *cond)).detach()
         if self.weight:
             for _ in range(2):
                 self.optimizer.zero_grad()

@@ -73,7 +73,7 @@ def run(
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    study([("MM-DiT", depth) for depth in depths], seeds, steps, out, report, draw, "scaling")
+    study([("mmdit", depth) for depth in depths], seeds, steps, out, report, draw, "scaling")
 
 
 if __name__ == "__main__":

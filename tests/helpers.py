@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import sample
 import train
 from data.cifar10 import FILES, RECORD, Cifar10
 from data.latents import Latents
 from data.toy import Toy
 from rf import formulation
+from training.checkpoint import DATASETS, OBJECTIVES
 from training.options import Recipe, preset
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +82,54 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- A life cycle, by the commands, of whatever the tables hold
+QUICK = dict(
+    depth=1, precision="fp32", steps=6, batch_size=8, lr=1e-3, warmup=1, decay=False, block=2,
+    log_every=2, eval_every=6, save_every=6, validation=4, ema_every=1, threads=None,
+)  # fmt: skip
+
+
+def life_cycle(new, out, patch):
+    """Train with these flags; stop, and resume to the bit; sample to .png and .npz; distil; plug.
+    The samples that the network, and its student, drew."""
+    new, whole, part, student = ["--no-report", *new], out / "whole", out / "part", out / "student"
+    for data_set in DATASETS.values():
+        patch.setattr(data_set, "recipe", QUICK | data_set.recipe)
+        patch.setattr(data_set, "distil", dict(steps=2, batch_size=8, validation=4))
+    run(patch, *new, "--out", whole)
+    with patch.context() as stopping:  # a signal that is noticed at the first log
+        gather = train.Run.gather
+        stopping.setattr(train.Run, "gather", lambda run, losses: (gather(run, losses)[0], 1.0))
+        with pytest.raises(SystemExit) as stopped:
+            run(stopping, *new, "--out", part)
+    assert stopped.value.code == 128 + 15 and sample.read(part / "checkpoint.pt")["step"] == 2
+    data = new[new.index("--dataset") : new.index("--dataset") + 2]
+    run(patch, "--no-report", *data, "--resume", "--out", part)
+    assert same(*(sample.read(place / "checkpoint.pt") for place in (whole, part)))
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6] and "val_loss" in lines[-1]
+
+    def drawn(*args, steps=2):
+        """Eight samples, as an .npz has them; the .png opens."""
+        for file in (out / "x.png", out / "x.npz"):
+            flags = ["--num", 8, "--steps", steps, "--out", file]
+            run(patch, *args, *flags, main=sample.main)
+        assert Image.open(out / "x.png").size[0] > 50
+        return [*np.load(out / "x.npz").values()]
+
+    samples = drawn(whole / "checkpoint.pt")
+    assert len(samples[0]) == 8
+    if OBJECTIVES.get(sample.read(whole / "checkpoint.pt")["config"]["objective"]):
+        return samples, None
+    few = ["--windows", 2, "--evaluations", 2, "--no-report", "--out", student]
+    run(patch, "--perflow", whole / "checkpoint.pt", *few)
+    own = drawn(student / "checkpoint.pt")
+    plugged = drawn(whole / "checkpoint.pt", "--plug", student / "delta.pt")
+    for one, other in zip(own, plugged, strict=True):
+        assert np.abs(one.astype(float) - other.astype(float)).max() <= 1  # of 255, by rounding
+    return samples, own
 
 
 # ---- Small runs on the toy

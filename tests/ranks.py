@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data.networks
 import train
 from data.latents import Latents
-from mmdit import MMDiT
 from training import ranks as parallel
 
 torch.set_num_threads(1)
@@ -55,13 +55,7 @@ def stages(latents: str, out: Path) -> list[list]:
 
 def main() -> None:
     quick(Latents, eps=1e-8, save_every=20)
-    start = MMDiT.__init__
-
-    def checkpointed(self, *args, **how):
-        start(self, *args, **how)
-        self.checkpointing = True
-
-    MMDiT.__init__ = checkpointed
+    data.networks.CHECKPOINTED = 1
     join, leave = parallel.join, parallel.leave  # one group for all runs of a stage
     parallel.join = lambda device: dist.is_initialized() or join(device)
     parallel.leave = lambda: None

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and one that is damaged or another's ends in one line."""
 
+import json
 import os
 import pickle
 import resource
@@ -13,8 +14,26 @@ from helpers import assert_one_line, in_process
 import sample
 import train
 from data.base import Dataset
-from training.checkpoint import save, start_from
-from training.options import Recipe
+from training.checkpoint import DATASETS, save, start_from
+from training.options import Recipe, names
+
+# Of the commands before Recipe had `network`: each a configuration, and the shapes of the weights
+KEPT = json.loads((Path(__file__).parent / "kept.json").read_text())
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_new_knob_costs_no_checkpoint(name, tmp_path):
+    """What an older one lacks has its default; the network is the one it was."""
+    config, file = KEPT[name]["config"], tmp_path / "checkpoint.pt"
+    weights = {key: torch.zeros(shape) for key, shape in KEPT[name]["shapes"].items()}
+    moments = dict(state={}, param_groups=[])
+    save(file, dict(config=config, step=2, network=weights, ema=weights, optimizer=moments))
+    sampler = sample.load(file)
+    assert sampler.config.items() >= {**config, "spec": sampler.config["spec"]}.items()
+    assert sampler.config.keys() >= names(Recipe)
+    assert sampler.config["network"] == config.get("network", "mmdit")
+    cond = DATASETS[config["dataset"]].conditions(sampler.config["spec"], 2)
+    assert sampler.draw(2, *cond, steps=4).isfinite().all()
 
 
 def test_a_failing_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):

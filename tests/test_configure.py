@@ -13,10 +13,11 @@ from helpers import assert_one_line, command, in_process, run_together
 import sample
 import toy2d
 import train
+from data.latents import Latents
 from data.toy import Toy
 from perflow import PeRFlow
 from rf import formulation
-from training.configure import compared, compose, configure, make_parser
+from training.configure import compose, configure, make_parser
 from training.options import PRESETS, Recipe, preset
 
 # ---- bad input: status 2 and one line that names the value and the choices
@@ -114,7 +115,7 @@ def test_a_start_may_have_other_data_of_the_same_shape_and_not_another_network(
     checkpoint = finished[0] / "checkpoint.pt"
     args = ["--init", checkpoint, "--conditional", "--steps", 1, "--batch-size", 32]
     done = in_process(train.main, [*args, "--network", "mmdit"], tmp_path, monkeypatch, capsys)
-    assert_one_line(done, "these data are not those of", "network differ")
+    assert_one_line(done, "--network mmdit differs from", "which has mlp")
     distil = ["--perflow", checkpoint, "--mixture", "grid"]
     run = in_process(train.main, distil, tmp_path, monkeypatch, capsys)
     assert_one_line(run, "--mixture grid differs from")
@@ -145,9 +146,9 @@ def test_what_a_start_keeps(kept, spec, fault):
     known = dict(shape=[4, 8, 8], classes=3, context=None, pooled=None, names=None, released=None)
     if fault:
         with pytest.raises(ValueError, match=f"these data are not those of x: {fault} differ"):
-            compared(known | spec, known, "x", kept)
+            Latents.agreed(known | spec, known, "x", kept)
     else:
-        assert compared(known | spec, known, "x", kept) == known | spec
+        assert Latents.agreed(known | spec, known, "x", kept) == known | spec
 
 
 def composed(out, **given):
@@ -167,7 +168,7 @@ def test_a_class_s_own_recipe_wins_over_the_table_and_flags_over_both(tmp_path, 
     table = preset("toy2d --network mmdit")
     monkeypatch.setattr(Toy, "recipe", dict(steps=7, lr=0.5))
     config = composed(tmp_path, network="mmdit", lr=0.25)
-    assert config.items() >= (table | dict(steps=7, lr=0.25)).items()
+    assert config.items() >= (table | dict(network="mmdit", steps=7, lr=0.25)).items()
 
 
 def test_help_prints_the_whole_table_of_defaults(capsys):

@@ -1,8 +1,14 @@
-"""Four forks, as a stranger would write them: a class and a line in a table. They are the measure
-of the house: A a data set, B a formulation, C an objective with a moving target, D library use."""
+"""Forks, as a stranger would write them: classes, and a line in a table each. They are the measure
+of the house: data sets (digits, signals), formulations (x0, a coupling), objectives with a moving
+target (consistency, mean flow), a network (a U-Net), and use as a library (a loop, editing).
+
+CONTRIBUTING.md has a row for each kind. `life_cycle` is what every entry of a table lives through.
+"""
 
 import ast
 import json
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,17 +18,29 @@ import pytest
 import test_rf
 import test_train
 import torch
-from helpers import assert_one_line, in_process, run, same, small_recipe, stream
+from helpers import (
+    QUICK,
+    assert_one_line,
+    in_process,
+    life_cycle,
+    run,
+    same,
+    small_recipe,
+    stream,
+    write_cifar,
+)
 from PIL import Image
 from torch import nn
 
+import data.base
 import data.toy
 import rf
 import sample
 import toy2d
 import train
-from data.base import Dataset
-from training.options import Recipe
+from data.base import Data, Dataset
+from data.networks import NETWORKS
+from training.options import Parser, Recipe
 
 # ---- A: digits, labelled and unlabelled, one channel, with a flag of their own
 
@@ -34,11 +52,7 @@ class Digits(Dataset):
     class Options:
         unlabelled: Annotated[bool, "do not tell the network which digit it is"] = False
 
-    recipe: ClassVar = dict(
-        depth=1, lr=1e-3, steps=12, batch_size=16, warmup=1, log_every=3, eval_every=6,
-        save_every=6, validation=10, ema_every=1,
-    )  # fmt: skip
-    distil: ClassVar = dict(steps=6, batch_size=16)
+    recipe: ClassVar = dict(QUICK)
 
     def __init__(self, options):
         draw = np.random.default_rng(0)
@@ -47,43 +61,351 @@ class Digits(Dataset):
         super().__init__(x0.astype(np.float32), *[labels] * (not options.unlabelled))
 
 
-@pytest.mark.parametrize("flags", [[], ["--unlabelled"]], ids=["labelled", "unlabelled"])
-def test_a_data_set_is_one_class(flags, tmp_path, monkeypatch, capsys, own_process):
-    """Training, resumption to the bit, sampling, and a PeRFlow student."""
-    monkeypatch.setitem(sample.DATASETS, "digits", Digits)
-    whole, part, student = (tmp_path / name for name in ("whole", "part", "student"))
-    new = ["--dataset", "digits", *flags, "--out"]
-    run(monkeypatch, *new, whole)
-    with monkeypatch.context() as patch:  # a signal that is noticed at the first log
-        gather = train.Run.gather
-        patch.setattr(train.Run, "gather", lambda run, losses: (gather(run, losses)[0], 1.0))
-        with pytest.raises(SystemExit) as stopped:
-            run(patch, *new, part)
-    assert stopped.value.code == 128 + 15 and sample.read(part / "checkpoint.pt")["step"] == 3
-    run(monkeypatch, "--dataset", "digits", "--resume", "--out", part)
-    assert same(*(sample.read(out / "checkpoint.pt") for out in (whole, part)))
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6, 9, 12] and "val_loss" in lines[-1]
-    assert (whole / "samples.png").exists()
+# ---- Signals: one dimension, a number as the condition, an own network and an own metric
 
-    out = tmp_path / "x.npz"
-    run(monkeypatch, whole / "checkpoint.pt", "--num", 20, "--steps", 2, "--out", out,
-        main=sample.main)  # fmt: skip
-    arrays = np.load(out)
-    assert arrays["arr_0"].shape == (20, 8, 8, 3) and ("arr_1" in arrays) == (not flags)
-    sheet = tmp_path / "x.png"
-    run(monkeypatch, whole / "checkpoint.pt", "--num", 20, "--steps", 2, "--out", sheet,
-        main=sample.main)  # fmt: skip
-    assert Image.open(sheet).size[0] > 100
 
-    few = ["--evaluations", 2, "--windows", 2, "--steps", 6]
-    run(monkeypatch, "--perflow", whole / "checkpoint.pt", *few, "--out", student)
-    assert {"teacher.png", "student.png", "samples.png", "delta.pt"} <= {
-        file.name for file in student.iterdir()
-    }
-    assert "rms distance to the teacher's samples" in capsys.readouterr().out
-    x0 = sample.load(student / "checkpoint.pt").draw(4, *[torch.arange(4)] * (not flags), steps=2)
-    assert x0.shape == (4, 1, 8, 8) and x0.isfinite().all()
+class Signals(Data):
+    """cos(2 pi f x + phase) at 32 points, f from 1 to 4."""
+
+    recipe: ClassVar = dict(network="waves", lr=1e-3)
+    place = torch.arange(32) / 32
+
+    def __init__(self, options):
+        pass
+
+    def spec(self):
+        return dict(shape=[1, 32], classes=0)
+
+    def examples(self, n, generator):
+        f, phase = 1 + 3 * torch.rand(n, generator=generator), torch.rand(n, generator=generator)
+        return [torch.cos(2 * np.pi * (f[:, None] * self.place + phase[:, None]))[:, None], f]
+
+    @classmethod
+    def arguments(cls, spec):
+        return dict(in_channels=1)
+
+    @classmethod
+    def conditions(cls, spec, n, label=None, data=None, generator=None):
+        return [torch.linspace(1, 4, n) if label is None else torch.full((n,), float(label))]
+
+    def metrics(self, model):
+        f = torch.linspace(1, 4, 8)
+        x0 = model.draw(8, f, steps=max(4, model.objective.fewest))
+        basis = torch.exp(-2j * np.pi * f[:, None] * self.place)
+        return {"off": 1 - (2 * (x0[:, 0] * basis).mean(1).abs() ** 2).mean().item()}
+
+    @classmethod
+    def write(cls, spec, file, x0, *cond, seed=0, device="cpu"):
+        if file.suffix == ".npz":
+            np.savez(file, x0, *cond)
+        else:
+            Image.fromarray((100 * x0[:, 0] + 128).numpy().clip(0, 255).astype("uint8")).resize(
+                (128, 64)
+            ).save(file)
+        return file
+
+
+class Waves(nn.Module):
+    null_cond = (torch.tensor(0),)  # a whole number: f must stay the number that it is
+
+    def __init__(self, depth, in_channels):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(34, 64), nn.SiLU(), nn.Linear(64, 32))
+
+    def forward(self, z, t, f):
+        return self.body(torch.cat([z[:, 0], t[:, None], f[:, None]], dim=1))[:, None]
+
+
+# ---- A U-Net beside MM-DiT, for pictures with texts
+
+
+class UNet(nn.Module):
+    def __init__(self, depth, in_channels, context_dim, pooled_dim, **_):
+        super().__init__()
+        self.null_cond = torch.zeros(1, context_dim), torch.zeros(pooled_dim)
+        self.text = nn.Linear(pooled_dim + 1, 8)
+        self.start, self.down = (
+            nn.Conv2d(in_channels, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, 2, padding=1),
+        )
+        self.up, self.out = (
+            nn.ConvTranspose2d(8, 8, 2, 2),
+            nn.Conv2d(8, in_channels, 3, padding=1),
+        )
+
+    def forward(self, x, t, context, pooled):
+        high = self.start(x).relu()
+        low = self.down(high) + self.text(torch.cat([pooled, t[:, None]], 1))[..., None, None]
+        return self.out(high + self.up(low.relu()))
+
+
+# ---- A coupling of noise and data: minibatch optimal transport (Pooladian et al. 2023)
+
+
+class OptimalTransport(rf.Formulation):
+    def noise(self, x0, generator=None):
+        """Each swap of two noises makes the way shorter, until none does."""
+        eps, one = rf.gaussian_like(x0, generator), torch.arange(len(x0))
+        cost = torch.cdist(x0.flatten(1), eps.flatten(1)) ** 2
+        for _ in range(10 * len(x0)):
+            stay = cost.diagonal()
+            gain = stay[:, None] + stay - cost - cost.T
+            i, j = divmod(gain.argmax().item(), len(x0))
+            if gain[i, j] <= 1e-6:
+                break
+            order = one.clone()
+            order[[i, j]] = order[[j, i]]
+            eps, cost = eps[order], cost[:, order]
+        return eps
+
+
+# ---- An objective without a teacher: MeanFlow (Geng et al. 2025), with a jvp of the network
+
+
+class MeanFlow(rf.Objective):
+    """u(z, t, r) is the mean velocity from t to r: u = v - (t - r) du/dt."""
+
+    path, times_given = rf.RectifiedFlow(), 2
+
+    of = classmethod(lambda cls, formula, options, guided=None: cls())
+
+    def field(self, network):
+        twice = lambda t: t if t.dim() == 2 else torch.stack([t, t], dim=1)
+        return lambda z, t, *cond: network(z, twice(t), *cond)
+
+    velocity = rectified = field
+
+    def examples(self, x0, *cond, generator=None):
+        r, t = torch.rand(2, len(x0), generator=generator).sort(0).values
+        eps = self.noise(x0, generator)
+        times = torch.stack([t, r], dim=1)
+        return self.path.interpolate(x0, eps, t), times, eps - x0, *cond
+
+    @torch.no_grad()
+    def target(self, network, average, rows):
+        z, times, v, *cond = rows
+        t, r = times.T
+        u = lambda z, t: network(z, torch.stack([t, r], dim=1), *cond)
+        du = torch.func.jvp(u, (z, t), (v, torch.ones_like(t)))[1]
+        return z, times, v - rf.expand(t - r, z) * du, *cond
+
+    def pair(self, x0, eps, t, *cond):
+        return self.path.interpolate(x0, eps, t), eps - x0
+
+    def grid(self, steps):
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def sample(self, network, noise, *cond, steps=1, times=None, method="euler", generator=None):
+        z, times = noise, self.grid(steps).to(noise)
+        for t, r in zip(times, times[1:], strict=False):
+            z = z + (r - t) * network(z, torch.stack([t, r]).expand(len(z), 2), *cond)
+        return z
+
+
+# ---- Their lines in the tables, and the life of every entry
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    lines = (
+        (sample.DATASETS, "digits", Digits),
+        (sample.DATASETS, "signals", Signals),
+        (NETWORKS, "waves", Waves),
+        (NETWORKS, "unet", UNet),
+        (NETWORKS, "mlp of two times", lambda **how: toy2d.MLP(**how, times_taken=2)),
+        (rf._FORMULATIONS, "rf/ot", lambda: OptimalTransport("", rf.RectifiedFlow(), "velocity")),
+        (sample.OBJECTIVES, "meanflow", MeanFlow),
+    )
+    for table, name, entry in lines:
+        monkeypatch.setitem(table, name, entry)
+
+
+TOY = ["--dataset", "toy2d"]
+LIVES = {
+    "toy2d": TOY,
+    "toy2d, MM-DiT, labels": [*TOY, "--network", "mmdit", "--conditional"],
+    "shapes": ["--dataset", "shapes"],
+    "shapes, DiT": ["--dataset", "shapes", "--network", "dit"],
+    "cifar10": ["--dataset", "cifar10"],
+    "latents": ["--dataset", "latents"],
+    "digits": ["--dataset", "digits"],
+    "digits, unlabelled": ["--dataset", "digits", "--unlabelled"],
+    "signals": ["--dataset", "signals"],
+    "U-Net": ["--dataset", "shapes", "--network", "unet"],
+    "rf/ot": [*TOY, "--formulation", "rf/ot"],
+    "meanflow": [*TOY, "--meanflow", "--network", "mlp of two times"],
+}
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_a_life_cycle(
+    name, forked, tmp_path, monkeypatch, few_records, latents, own_process, request
+):
+    flags = LIVES[name]
+    if "cifar10" in flags:
+        flags = [*flags, "--data", write_cifar(tmp_path / "cifar")]
+    if "latents" in flags:
+        folder = shutil.copytree(latents, tmp_path / "latents")
+        (folder / "meta.json").write_text(json.dumps({"vae": request.getfixturevalue("vae")}))
+        flags = [*flags, "--data", folder]
+    samples, student = life_cycle(flags, tmp_path, monkeypatch)
+    assert all(np.isfinite(x).all() for x in samples) and (student is None) == (name == "meanflow")
+
+
+def test_every_data_set_has_a_life():
+    assert {flags[1] for flags in LIVES.values()} >= {*sample.DATASETS}
+
+
+def test_the_report_of_a_data_set_that_has_none(forked, tmp_path, monkeypatch, capsys, own_process):
+    """It writes samples; --condition asks for a number, which stays one."""
+    monkeypatch.setattr(Signals, "recipe", QUICK | Signals.recipe)
+    run(monkeypatch, "--dataset", "signals", "--out", tmp_path / "s")
+    assert (tmp_path / "s" / "samples.png").exists()
+    flags = [tmp_path / "s" / "checkpoint.pt", "--condition", 3.5, "--num", 3, "--steps", 1]
+    run(monkeypatch, *flags, "--out", tmp_path / "x.npz", main=sample.main)
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [3.5] * 3
+    capsys.readouterr()
+    done = in_process(sample.main, [*flags, "--label", 3], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "--label 3 and --condition 3.5")
+
+
+def test_a_number_is_no_class(finished, tmp_path, monkeypatch, capsys):
+    """A float condition makes no classes, keeps its kind where it is dropped and guided, and a
+    model of classes takes none."""
+    f = np.linspace(0.5, 7.5, 20).astype(np.float32)
+    assert Dataset(np.zeros((20, 1, 4, 4), np.float32), f).classes == 0
+    cond, null = torch.tensor([3.5, 1.25]), torch.tensor(0)
+    (kept,) = Data().drop([cond], [null], 0.0, torch.Generator())
+    assert torch.equal(kept, cond)
+    seen = rf.guide(lambda z, t, f: f[:, None] * z, [torch.tensor(0.5)], 2.0)
+    labels = torch.tensor([3, 1])
+    assert torch.equal(seen(torch.ones(2, 1), torch.ones(2), labels), 2 * labels[:, None] - 0.5)
+    args = [finished[0] / "checkpoint.pt", "--condition", 3.5]
+    done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "--condition 3.5: this model is not conditioned on a number")
+
+
+# ---- What does not fit is one line; a fork's own bug keeps its traceback
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--dataset", "shapes", "--network", "mlp"], "--network mlp is not for Shapes: got an"),
+        (
+            [*TOY, "--network", "vgg"],
+            "unknown network 'vgg'; choose from mlp, mmdit, dit, crossdit",
+        ),
+        ([*TOY, "--meanflow"], "--network mlp takes 1 times, and meanflow gives 2"),
+        ([*TOY, "--network", "mlp of two times"], "takes 2 times, and None gives 1"),
+        ([*TOY, "--skips", 3], "unrecognized arguments: --skips 3"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(flags, says, forked, tmp_path, monkeypatch, capsys):
+    done = in_process(train.main, flags, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, says)
+    assert not [*tmp_path.rglob("checkpoint.pt")]
+
+
+def test_two_data_sets_that_define_one_flag_differently_are_an_error_at_start():
+    def of(annotation):
+        def options(scale: annotation = 1):
+            """A data set's."""
+
+        return options
+
+    parser = Parser()
+    parser.add_options(of(Annotated[int, "of it"]), "a")
+    parser.add_options(of(Annotated[int, "of it"]), "b")
+    assert parser.parse_args(["--scale", "3"]).scale == 3
+    with pytest.raises(ValueError, match="c and a define --scale differently"):
+        parser.add_options(of(Annotated[float, "of it"]), "c")
+
+
+def broken(*args, **options):
+    raise ValueError("too many values to unpack")
+
+
+@pytest.mark.parametrize("name", ["examples", "metrics", "write", "arguments"])
+def test_a_forks_own_bug_keeps_its_traceback(
+    name, forked, tmp_path, monkeypatch, own_process, capsys
+):
+    monkeypatch.setattr(Signals, "recipe", QUICK | Signals.recipe)
+    monkeypatch.setattr(Signals, name, broken)
+    with pytest.raises(ValueError, match="too many values") as caught:
+        run(monkeypatch, "--dataset", "signals", "--out", tmp_path / "s")
+    assert caught.traceback[-1].name == "broken"
+
+
+@pytest.mark.parametrize(
+    "of, call, says",
+    [
+        (Data, "write", "Bare needs `write(cls, spec, file, x0, *cond, seed, device) -> the file`"),
+        (Data, "spec", "Bare needs `spec(self) -> dict(shape=[C, H, W], classes=K), or more`"),
+        (Data, "held_out", "Bare needs `examples(self, n, generator) -> [x0, *cond]`"),
+        (rf.Objective, "sample", "Bare needs `sample(self, network, noise, *cond, steps, times,"),
+        (rf.Objective, "of", "Bare needs `of(cls, formula, options, guided) -> the objective`"),
+    ],
+)
+def test_a_missing_name_says_what_to_write(of, call, says):
+    bare = type("Bare", (of,), {})()
+    with pytest.raises(NotImplementedError, match=re.escape(says)):
+        getattr(bare, call)(*[0] * (call == "held_out"))
+
+
+# ---- The coupling
+
+
+def test_a_coupling_meets_one_batch_at_a_time(forked, monkeypatch):
+    """In training, whose blocks are of many batches, in validation, and in a student's starts."""
+    met, noise = [], OptimalTransport.noise
+    monkeypatch.setattr(
+        OptimalTransport, "noise", lambda *a, **k: (met.append(len(a[1])), noise(*a, **k))[1]
+    )
+    objective, recipe, data = rf.formulation("rf/ot"), small_recipe(block=3), toy2d_data()
+    rows = next(train.batches(data, objective, recipe))[0]
+    assert {*met} == {32} and len(met) >= 3 and len(rows[0]) == 32
+    met.clear()
+    train.validation_loss(lambda z, t: z, objective, *data.held_out(70), batch_size=32)
+    assert met == [32, 32, 6]
+    student = sample.OBJECTIVES["perflow"]
+    student = student.of(objective, student.Options(reuse=1), lambda cfg: lambda z, t: z)
+    met.clear()
+    next(train.batches(data, student, recipe))
+    assert {*met} == {32} and student.coupled
+    independent = rf.formulation("rf")
+    assert not independent.coupled and objective.name == "rf/ot" and objective.coupled
+
+
+def toy2d_data():
+    return data.toy.Toy(data.toy.Toy.Options())
+
+
+def test_a_coupling_makes_ways_short_and_keeps_the_noise_normal(forked):
+    objective, x0 = rf.formulation("rf/ot"), toy2d.load_mixture("ring").sample(64)[0]
+    generator = lambda: torch.Generator().manual_seed(0)
+    eps, coupled = rf.gaussian_like(x0, generator()), objective.noise(x0, generator())
+    assert torch.equal(eps.sort(0).values, coupled.sort(0).values)
+    assert (coupled - x0).square().mean() < 0.5 * (eps - x0).square().mean()
+
+
+def test_the_excess_is_shown_only_of_independent_pairs(forked):
+    for name, shown in (("rf/ot", {}), ("rf", {"excess"})):
+        sampler = sample.Sampler(toy2d.MLP(), rf.formulation(name))
+        assert {*toy2d_data().metrics(sampler)} == {*shown}
+
+
+# ---- MeanFlow
+
+
+def test_mean_flow_knows_the_exact_mean_velocity(forked):
+    """Of data at a point, x0 = 0: v = z/t, and u(z, t, r) = z/t for every r: its own target."""
+    exact = lambda z, times: z / times[:, :1]
+    objective = MeanFlow()
+    rows = objective.examples(torch.zeros(100, 2), generator=torch.Generator().manual_seed(0))
+    target = objective.target(exact, None, rows)[2]
+    torch.testing.assert_close(target, exact(*rows[:2]), rtol=1e-4, atol=1e-4)
+    assert objective.rows_loss(exact, None, rows) < 1e-8
 
 
 def test_a_flag_of_other_data_is_refused(tmp_path, monkeypatch, capsys):
@@ -156,7 +478,7 @@ class Consistency(rf.Objective):
     """The student maps a point of the teacher's path to its end: f(z_t, t) = f(z_s, s), where the
     teacher leads from t to s = t - 1/steps, and the right side is the slow copy's."""
 
-    path = rf.RectifiedFlow()
+    path, distils = rf.RectifiedFlow(), True
 
     @dataclass
     class Options:
@@ -182,7 +504,7 @@ class Consistency(rf.Objective):
         return z, t, z_s, *cond
 
     @torch.no_grad()
-    def target(self, average, rows):
+    def target(self, network, average, rows):
         z, t, z_s, *cond = rows
         x0 = self.jump(average)(z_s, t - 1 / self.options.skips, *cond)
         return z, t, (z - x0) / rf.expand(t, z), *cond
@@ -237,7 +559,7 @@ def test_c_the_target_is_the_averages():
     seen = []
 
     class Spy(rf.Formulation):
-        def target(self, average, rows):
+        def target(self, network, average, rows):
             seen.append(next(average.parameters()).clone())
             return rows
 
@@ -292,13 +614,16 @@ BLOCKS = [block.split("```")[0] for block in README.split("```python\n")[1:]]
 
 
 def test_d_the_readmes_library_example_runs_as_it_stands():
-    """In a namespace of its own; its samples have the mean of its data."""
+    """In a namespace of its own; its samples have the mean of its data. Then it edits them: from
+    t = 0.6 they stay near, and there and back is the identity."""
     (example,) = [block for block in BLOCKS if "class Own" in block]
     names = {}
     torch.manual_seed(0)
     exec(example, names)
-    assert names["x"].shape == (100, 4)
-    assert (names["x"].mean(0) - names["x0"].mean(0)).abs().max() < 0.5
+    x, x0 = names["x"], names["x0"]
+    assert x.shape == (100, 4) and (x.mean(0) - x0.mean(0)).abs().max() < 0.5
+    assert (names["back"] - x).abs().max() < 1e-3 < (names["noise"] - x).abs().max()
+    assert (names["edited"].mean(0) - x0.mean(0)).abs().max() < 0.5
 
 
 def test_d_the_readmes_dozen_lines_are_those_that_open_rf():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rf
-from data.labels import ClassMMDiT
+from data.networks import ClassMMDiT
 from mmdit import (
     Attention,
     MMDiT,
@@ -51,6 +51,17 @@ def inputs(H=4, W=6, L=5, B=2, C=3, dtype=F64, seed=1):
 
 def network(depth=2, dtype=F64, **changes):
     return noisy(MMDiT(depth, **{**SMALL, **changes})).to(dtype)
+
+
+@flags
+def test_forward_mode_agrees_with_backward_mode(qk_norm, shared):
+    """A jvp in x and t at once, as mean flows need it: <w, J v> = <J^T w, v>."""
+    net, (x, t, *text), other = network(qk_norm=qk_norm, shared=shared), inputs(), inputs(seed=2)
+    call = lambda x, t: net(x, t, *text)
+    out, product = torch.func.jvp(call, (x, t), other[:2])
+    gradients = torch.func.vjp(call, x, t)[1](w := torch.randn_like(out))
+    expected = sum((g * v).sum() for g, v in zip(gradients, other, strict=False))
+    torch.testing.assert_close((w * product).sum(), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- the rewrite: one example, one head, one patch at a time, from the checkpoint's names alone

@@ -22,11 +22,11 @@ def test_every_preset_makes_a_recipe(words):
 def test_rows_of_the_table_add_up():
     """A row counts where all its words are said, later ones win, and those of students change
     students only."""
-    toy, mmdit = PRESETS["toy2d"], PRESETS["toy2d --network mmdit"]
-    assert preset("toy2d") == preset("toy2d --network mlp") == toy
-    assert preset("toy2d --network mmdit") == toy | mmdit and mmdit["lr"] != toy["lr"]
+    toy, mlp = PRESETS["toy2d"], PRESETS["toy2d --network mlp"]
+    assert preset("toy2d") == preset("toy2d --network mlp") == toy | mlp and mlp["lr"] != toy["lr"]
+    assert preset("toy2d --network mmdit") == preset("toy2d --network unet") == toy
     student = PRESETS["student"] | PRESETS["toy2d student"]
     assert preset("toy2d student") == preset("toy2d --network mmdit student") == student
     assert preset("toy2d --guidance fixed student") == student | {"dropout": 0.0}
     assert preset("digits") == {} and preset("digits student") == PRESETS["student"]
-    assert preset("toy2d --guidance fixed") == toy  # of no student
+    assert preset("toy2d --guidance fixed") == toy | mlp  # of no student

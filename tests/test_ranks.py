@@ -13,8 +13,8 @@ from helpers import ROOT, run
 from ranks import TINY, quick
 
 import sample
-from data.labels import ClassMMDiT
 from data.latents import Latents
+from data.networks import ClassMMDiT, CrossDiT, SkipDiT
 from mmdit import MMDiT
 from toy2d import MLP
 from training import ranks as parallel
@@ -81,7 +81,20 @@ def alone(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
+class Zeroed(MLP):
+    """A fork's: what its constructor does after the layers have drawn, no layer knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.bare = torch.nn.Parameter(torch.arange(6.0))
+        torch.nn.init.zeros_(self.body[-1].weight)
+
+
+TEXTS = dict(in_channels=3, patch_size=2, pos_embed_max_size=4, context_dim=5, pooled_dim=6)
 BUILDERS = {
+    "a zero start and a bare weight": Zeroed,
+    "skips": lambda: SkipDiT(3, **TEXTS),
+    "crossdit": lambda: CrossDiT(2, **TEXTS),
     "MLP": lambda: MLP(8),
     "classes": lambda: ClassMMDiT(3, 2, in_channels=4, patch_size=2, pos_embed_max_size=4),
     "norms": lambda: MMDiT(2, 3, 2, 4, context_dim=5, pooled_dim=6, qk_norm=True),

@@ -117,7 +117,7 @@ def test_the_exact_map_is_the_fixed_point_of_skipping(K, skip):
     z, t, _ = objective.examples(normal(500), generator=torch.Generator().manual_seed(1))
     m = objective._middle(t)
     first = (carried(z, t, m) - z) / expand(m - t, z)
-    *same, target = objective.target(exact_jump(K), (z, t, first))
+    *same, target = objective.target(None, exact_jump(K), (z, t, first))
     assert same[0] is z and same[1] is t
     torch.testing.assert_close(target, exact_jump(K)(z, t), rtol=1e-3, atol=1e-4)
 
@@ -127,7 +127,7 @@ def test_skipping_walks_two_parts_of_the_way():
     second = lambda z, t: torch.sin(3 * z) + expand(t, z)
     objective = Skip(velocity, second, skip=1 / 16, windows=4)
     z, t, first = objective.examples(normal(50), generator=torch.Generator().manual_seed(1))
-    _, _, target = objective.target(None, (z, t, first))
+    _, _, target = objective.target(None, None, (z, t, first))
     _, t_end = objective.window(t)
     m = torch.maximum(t - 1 / 16, t_end)
     z_m = z + expand(m - t, z) * first
@@ -151,7 +151,7 @@ def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
     spy = lambda z, t: (seen.append(t), velocity(z, t))[1]
     objective = Skip(spy, spy, skip=1 / 8, windows=4, times=1)
     rows = objective.examples(normal(1000), generator=torch.Generator().manual_seed(1))
-    objective.target(None, rows)
+    objective.target(None, None, rows)
     assert set(rows[1].tolist()) == {0.25, 0.5, 0.75, 1.0}
     assert [set(t.tolist()) for t in seen] == [{0.25, 0.5, 0.75, 1}, {0.125, 0.375, 0.625, 0.875}]
 
@@ -234,12 +234,12 @@ def test_the_critic_learns_to_tell_data():
     torch.manual_seed(0)
     critic = Score(2, 1)
     objective = PlainGAN(critic, 0.05)
-    objective.field(lambda z, t: z - z * 0.1 - 2)  # draws x = 0.1 z + 2
+    network = lambda z, t: z - z * 0.1 - 2  # draws x = 0.1 z + 2
     for seed in range(60):
         rows = objective.examples(
             normal(256) * 0.1 - 2, generator=torch.Generator().manual_seed(seed)
         )
-        objective.target(None, rows)
+        objective.target(network, None, rows)
     assert (
         critic(torch.full((1, 2), -2.0), None) > 0.2 > -0.2 > critic(torch.full((1, 2), 2.0), None)
     )
@@ -254,12 +254,11 @@ def test_a_judged_rows_target_moves_x_and_a_pair_keeps_its_own():
     pairs = normal(30, 1), torch.ones(30), normal(30, 2)
     field = lambda z, t: 0.5 * z
     objective = Pushed(torch.nn.Linear(1, 1), 1e-3, pairs, weight=2)
-    objective.field(field)
     z, t, x0 = objective.examples(normal(8, 3), generator=torch.Generator().manual_seed(0))
     assert len(z) == 16 and torch.equal(x0[::2], normal(8, 3)) and (t == 1).all()
     rows = [(z_ == pairs[0]).all(1).nonzero().item() for z_ in z[1::2]]
     assert torch.equal(x0[1::2], pairs[2][rows])
-    _, _, target = objective.target(None, (z, t, x0))
+    _, _, target = objective.target(field, None, (z, t, x0))
     assert torch.equal(target[1::2], x0[1::2])
     torch.testing.assert_close(z[::2] - target[::2], z[::2] - field(z[::2], t) + 2 * 0.25)
     alone = Pushed(torch.nn.Linear(1, 1), 1e-3)

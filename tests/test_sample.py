@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,11 @@ def test_sampler_methods_agree_with_solve(sampler):
         direct = solve(sampler.velocity, noise, label, steps=12, method=method)
         torch.testing.assert_close(x0, direct, rtol=1e-3, atol=1e-4)
     guided = sampler.sample(noise, label, steps=4, cfg=3.0)
+    velocity = partial(sampler.velocity, cfg=3.0)
+    torch.testing.assert_close(guided, solve(velocity, noise, label, steps=4))
+    sampler.cfg = 3.0  # of calls that name none, of both
+    torch.testing.assert_close(guided, solve(sampler.velocity, noise, label, steps=4))
+    sampler.cfg = 1.0
     assert not torch.allclose(guided, sampler.sample(noise, label, steps=4))
     null = torch.full((20,), 8)
     torch.testing.assert_close(

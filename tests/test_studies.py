@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sample
 import toy2d
+from data.networks import CrossDiT, SkipDiT
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
 from rf import STUDY, formulation
@@ -200,10 +201,7 @@ def inputs():
 
 
 def test_without_its_skips_a_dit_with_skips_is_a_dit_and_with_them_is_not():
-    skip_dit, dit = (
-        random_network(architectures.SkipDiT, 5),
-        random_network(partial(MMDiT, shared=True), 5),
-    )
+    skip_dit, dit = (random_network(SkipDiT, 5), random_network(partial(MMDiT, shared=True), 5))
     dit.load_state_dict({k: w for k, w in skip_dit.state_dict().items() if "skips" not in k})
     assert len(skip_dit.skips) == 2
     difference = lambda: (skip_dit(*inputs()) - dit(*inputs())).abs().max()
@@ -211,13 +209,13 @@ def test_without_its_skips_a_dit_with_skips_is_a_dit_and_with_them_is_not():
     for skip in skip_dit.skips:
         torch.nn.init.zeros_(skip.weight), torch.nn.init.zeros_(skip.bias)
     assert difference() == 0
-    fresh = architectures.SkipDiT(3, context_dim=5, pooled_dim=6)
+    fresh = SkipDiT(3, context_dim=5, pooled_dim=6)
     assert all((skip.weight == 0).all() for skip in fresh.skips)
 
 
 def test_the_skips_join_mirror_images():
     """With blocks that only add their number, the last one sees x + the first one's output."""
-    skip_dit, seen = random_network(architectures.SkipDiT, 5), []
+    skip_dit, seen = random_network(SkipDiT, 5), []
     for skip in skip_dit.skips:
         torch.nn.init.eye_(skip.weight), torch.nn.init.zeros_(skip.bias)
     del skip_dit.joint_blocks
@@ -230,7 +228,7 @@ def test_the_skips_join_mirror_images():
 
 
 def test_a_cross_block_by_hand():
-    block = random_network(architectures.CrossDiT).joint_blocks[0]
+    block = random_network(CrossDiT).joint_blocks[0]
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
     c, context, x = draw(2, 128), draw(2, 8, 128), draw(2, 16, 128)
     same, out = block(c, context, x)
@@ -251,10 +249,10 @@ def test_a_cross_block_by_hand():
 
 
 def test_a_new_cross_dit_starts_as_the_identity_and_learns_from_its_text():
-    network = architectures.CrossDiT(2, context_dim=5, pooled_dim=6)
+    network = CrossDiT(2, context_dim=5, pooled_dim=6)
     c, context, x = torch.randn(2, 128), torch.randn(2, 3, 128), torch.randn(2, 4, 128)
     assert torch.equal(network.joint_blocks[0](c, context, x)[1], x)
-    random = random_network(architectures.CrossDiT)
+    random = random_network(CrossDiT)
     z, t, context, pooled = inputs()
     assert (random(z, t, context, pooled) - random(z, t, 2 * context, pooled)).abs().max() > 1e-3
 
@@ -288,12 +286,12 @@ def test_losses_at_equal_time_by_hand():
     rows = {
         line.split(" | ")[0]: line.split(" | ") for line in architectures.table(made).splitlines()
     }
-    assert rows["| DiT, depth 5"][2:5] == [
+    assert rows["| dit, depth 5"][2:5] == [
         "12",
         "0.1000 ± 0.0000",
         "0.4000 ± 0.0000",
     ]  # at step 160
-    assert rows["| DiT, depth 4"][3:6] == ["0.1000 ± 0.0000"] * 2 + ["55.0% ± 5.0%"]
+    assert rows["| dit, depth 4"][3:6] == ["0.1000 ± 0.0000"] * 2 + ["55.0% ± 5.0%"]
     assert len(architectures.draw(made).getcolors(1 << 20)) > 50
 
 
@@ -305,7 +303,7 @@ def test_the_frontier_by_hand():
 def test_the_report_of_scaling(tmp_path):
     losses = {1: 0.4, 2: 0.3, 3: 0.2}
     made = [
-        curve_run("MM-DiT", d, s, loss + s / 100, 1 - loss)
+        curve_run("mmdit", d, s, loss + s / 100, 1 - loss)
         for d, loss in losses.items()
         for s in (0, 1)
     ]
@@ -318,7 +316,7 @@ def test_the_report_of_scaling(tmp_path):
 def test_one_real_run_of_an_architecture(monkeypatch):
     small = dict(validation=4, batch_size=4, precision="fp32")
     monkeypatch.setitem(PRESETS, "shapes", PRESETS["shapes"] | small)
-    run = architectures.trained("CrossDiT", 1, 0, steps=20, judged=2)
+    run = architectures.trained("crossdit", 1, 0, steps=20, judged=2)
     steps, spent, losses = zip(*run["curve"], strict=True)
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)
     assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 <= run["seen"]["all right"] <= 1

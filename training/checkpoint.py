@@ -18,6 +18,7 @@ from torch import nn
 from data.base import checksum
 from data.cifar10 import Cifar10
 from data.latents import Latents
+from data.networks import NETWORKS
 from data.shapes import Shapes
 from data.toy import Toy
 from perflow import PeRFlow, same_network
@@ -71,14 +72,15 @@ def read(path: str | File, expected: str = "checkpoint") -> dict:
         present = content.keys() if isinstance(content, dict) else set()
         if missing := (keys | {"config"}) - present:
             raise ValueError(f"no {', '.join(sorted(missing))}")
-        if missing := (names(Recipe) | CONFIG) - content["config"].keys() - {"teacher_digest"}:
+        if missing := CONFIG - content["config"].keys() - {"teacher_digest"}:
             raise ValueError(f"it is of an older version: no {', '.join(sorted(missing))}")
         check(content, expected)
     return content
 
 
 def check(content: dict, expected: str) -> None:
-    """An error of any type on what `configure.py` never makes. It allocates no such sizes."""
+    """An error of any type on what `configure.py` never makes. It allocates no such sizes. What a
+    newer version has learned to choose gets its default."""
     config, known = content["config"], names(Recipe) | CONFIG
     if fault := misfit(config["teacher"], str | None):
         raise ValueError(f"teacher {fault}")
@@ -86,12 +88,15 @@ def check(content: dict, expected: str) -> None:
         if config[key] not in (None, *table):
             raise ValueError(f"unknown {key} {config[key]!r}; known are {', '.join(table)}")
         if config[key]:
-            pick(table[config[key]].Options, config)
+            config |= asdict(pick(table[config[key]].Options, config))
             known |= names(table[config[key]].Options)
     if unknown := config.keys() - known:
         raise ValueError(f"it is of another version: it has {', '.join(sorted(unknown))}")
     recipe, data = pick(Recipe, config), DATASETS.get(config["dataset"])
+    config |= asdict(recipe)
     formulation(recipe.formulation, recipe.shift)
+    if recipe.network not in NETWORKS:
+        raise ValueError(f"unknown network {recipe.network!r}; known are {', '.join(NETWORKS)}")
     if expected == "delta":
         if not config["objective"]:
             raise ValueError("it is of no student")

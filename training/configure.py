@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path as File
 
+from data.networks import NETWORKS
 from rf import InputError
 from training.checkpoint import DATASETS, OBJECTIVES, digest, read
 from training.folder import locked
@@ -18,7 +19,7 @@ from training.options import PRESETS, Parser, Recipe, names, pick, preset
 from training.ranks import ranks
 
 MAY_CHANGE = {"steps", "accumulate", "compile", "data", "download"}  # when a run is resumed
-OF_NETWORK = {"dataset", "formulation", "depth"}  # what a start from weights keeps
+OF_NETWORK = {"dataset", "formulation", "network", "depth"}  # what a start from weights keeps
 
 
 def make_parser(description: str) -> Parser:
@@ -28,29 +29,40 @@ def make_parser(description: str) -> Parser:
     lines = [wrap(f"{row}: {said(values)}") for row, values in rows.items()]
     epilog = "\n".join(["defaults, and what a data set, an option or a student changes:", *lines])
     layout = argparse.RawDescriptionHelpFormatter
-    shared = "resolve"  # two data sets may share a flag
-    parser = Parser(None, None, description, epilog, [], layout, conflict_handler=shared)
+    parser = Parser(None, None, description, epilog, [], layout)
     add = parser.add_argument
     add("--dataset", help=f"one of {', '.join(DATASETS)} (default: toy2d)")
-    for name in OBJECTIVES:
-        add(f"--{name}", metavar="TEACHER", help=f"train a {name} student of this checkpoint")
+    for name, objective in OBJECTIVES.items():
+        if objective.distils:
+            add(f"--{name}", metavar="TEACHER", help=f"train a {name} student of this checkpoint")
+        else:
+            add(f"--{name}", action="store_const", const=True, help=f"learn by {name}")
+    add("--network", help=f"one of {', '.join(NETWORKS)} (default: toy2d mlp, else mmdit)")
     add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
     add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
     add("--resume", action="store_true", help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--shard", action="store_true", help="torchrun's ranks share weights and optimizer (FSDP2)")
+    add("--no-report", action="store_true", help="end after the last step: no samples, no pictures")
     parser.add_options(Recipe, "the loop", defaults=False)
-    for flag, table in (("--dataset {}", DATASETS), ("--{} TEACHER", OBJECTIVES)):
-        for name, entry in table.items():
-            parser.add_options(entry.Options, flag.format(name))
+    for name, entry in (DATASETS | OBJECTIVES).items():
+        parser.add_options(entry.Options, flag_of(name))
     return parser
+
+
+def flag_of(name: str) -> str:
+    """How a data set or an objective is chosen."""
+    if name in DATASETS:
+        return f"--dataset {name}"
+    return f"--{name}" + " TEACHER" * OBJECTIVES[name].distils
 
 
 def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
     """(configuration, folder, the checkpoint to go on from, the model to start from) of the flags.
     load(model, device) reads the model; `held` holds the folder's lock. ValueError on bad flags."""
     objective = next((name for name in OBJECTIVES if name in given), None)
-    teacher, init, resume = given.get(objective), given.get("init"), bool(given.get("resume"))
+    teacher = given[objective] if objective and OBJECTIVES[objective].distils else None
+    init, resume = given.get("init"), bool(given.get("resume"))
     if init and (teacher or resume):
         raise InputError(f"--init {init} is for a new run that is no student's")
     # where it starts from
@@ -58,9 +70,11 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
     start = load(origin, given.get("device")) if origin else None
     known = start.config if start else {}
     if known.get("objective"):
-        raise InputError(f"{origin} is itself a student; take its teacher")
+        student = OBJECTIVES[known["objective"]].distils
+        what = "itself a student; take its teacher" if student else "no flow: take a formulation's"
+        raise InputError(f"{origin} is {what}")
     # its folder
-    not_kept = ("out", "resume", "device", "init", "shard", objective)
+    not_kept = ("out", "resume", "device", "init", "shard", "no_report", objective)
     flags = {key: value for key, value in given.items() if key not in not_kept}
     data_set, checkpoint = flags.get("dataset", known.get("dataset", "toy2d")), None
     default = f"{data_set}-{objective}" if objective else data_set
@@ -69,8 +83,8 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
     if resume:
         checkpoint, origin = read(out / "checkpoint.pt"), f"the run in {out}"
         known = checkpoint["config"]
-        if teacher and known["objective"] != objective:
-            raise InputError(f"--{objective} {teacher}: the run in {out} is no {objective} student")
+        if objective not in (None, known["objective"]):
+            raise InputError(f"--{objective}: the run in {out} is no {objective} student")
         if flags.get("steps", known["steps"]) < checkpoint["step"]:
             at = f"{out} is at step {checkpoint['step']} already"
             raise InputError(f"--steps {flags['steps']}: {at}")
@@ -114,49 +128,34 @@ def compose(flags: dict, data_set: str, objective, known: dict, origin, resume: 
     are kept. `PRESETS` change them, then the flags. ValueError names one that may not."""
     if data_set not in DATASETS:
         raise InputError(f"unknown data set {data_set!r}; choose from {', '.join(DATASETS)}")
-    data_class, student_class = DATASETS[data_set], OBJECTIVES.get(objective)
+    data_class, objective_class = DATASETS[data_set], OBJECTIVES.get(objective)
     options = asdict(pick(data_class.Options, known | flags))
-    if student_class:
-        options |= asdict(pick(student_class.Options, known | flags))
+    if objective:
+        options |= asdict(pick(objective_class.Options, known | flags))
     said = [f"--{key} {value}" for key, value in options.items()]
-    words = [data_set, *(word for word in said if any(word in row for row in PRESETS))]
+    words = [data_set, f"--{objective}", *(word for word in said if word in " ".join(PRESETS))]
+    if network := (known | flags).get("network"):
+        words.append(f"--network {network}")
+    words = " ".join(words)
     if resume:
         values, fixed = known, known.keys() - MAY_CHANGE
-    elif student_class:
-        values = known | preset(" ".join([*words, "student"])) | data_class.distil
+    elif objective and objective_class.distils:
+        values = known | preset(f"{words} student") | data_class.distil
         fixed = OF_NETWORK | {"shift"} | names(data_class.Options) - MAY_CHANGE
     else:
         network = {key: known[key] for key in (OF_NETWORK | {"shift"}) & known.keys()}
-        values, fixed = preset(" ".join(words)) | data_class.recipe | network, OF_NETWORK
+        values, fixed = preset(words) | data_class.recipe | network, OF_NETWORK
     config = asdict(pick(Recipe, values | flags)) | options
+    if config["network"] not in NETWORKS:
+        good = ", ".join(NETWORKS)
+        raise InputError(f"unknown network {config['network']!r}; choose from {good}")
     config |= dict(dataset=data_set, objective=objective, spec=known.get("spec"))
     for flag, value in flags.items():
         shown = f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}")
         if flag not in config:
-            owners = [f"--dataset {n}" for n, d in DATASETS.items() if flag in names(d.Options)]
-            owners += [f"--{n} TEACHER" for n, o in OBJECTIVES.items() if flag in names(o.Options)]
+            tables = (DATASETS | OBJECTIVES).items()
+            owners = [flag_of(name) for name, entry in tables if flag in names(entry.Options)]
             raise InputError(f"{shown} needs {' or '.join(owners)}")
         if known and flag in fixed and config[flag] != known[flag]:
             raise InputError(f"{shown} differs from {origin}, which has {str(known[flag])[:80]}")
     return config
-
-
-def compared(spec: dict, known: dict | None, origin: str, agree: str) -> dict:
-    """The spec of the data, with the shape of the origin's released network, which takes any size.
-    `agree` says what must be equal: "all" (resume); "shape" and classes (a teacher's); what the
-    "network" is built of, but for its classes and sizes (--init). ValueError names what differs."""
-    known = known or spec
-    released = known.get("released")
-    if "released" in spec:
-        spec = spec | {"released": released}
-    keys = {"context", "pooled", "network"}
-    if agree == "shape":
-        keys |= {"shape", "classes"}
-    if released:
-        keys -= {"shape", "context"}
-    differ = [k for k in spec if (agree == "all" or k in keys) and spec[k] != known.get(k)]
-    if agree == "network" and not released and spec["shape"][0] != known["shape"][0]:
-        differ.append("shape")
-    if differ:
-        raise InputError(f"these data are not those of {origin}: {', '.join(differ)} differ")
-    return spec

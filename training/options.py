@@ -34,6 +34,7 @@ class Recipe:
 
     formulation: Annotated[str, "path, prediction and density of t by the paper's name"] = "rf"
     shift: Annotated[float, "resolution-dependent shift sqrt(m/n), in training and sampling"] = 1.0
+    network: str = "mmdit"  # a name of `data.networks.NETWORKS`, by the flag --network
     depth: Annotated[Count, "of the MM-DiT: blocks, heads, and width / 64", 1, 256] = 8
     precision: Annotated[Literal["fp32", "bf16"], "of the network; all else is float32"] = "fp32"
     steps: Annotated[Count, "optimizer steps"] = 100_000
@@ -73,11 +74,13 @@ def fast_bf16() -> bool:
 # all. A class can bring a row along (`data.base.Data`). A student starts from its teacher's recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "toy2d": dict(
-        formulation="rf", precision="fp32", depth=2, steps=27_000, batch_size=1024,
-        lr=1e-2, warmup=500, decay=True, beta2=0.99, eps=1e-8, clip=None, ema_every=10,
-        block=25, log_every=100, validation=1024, threads=1,  # two would slow the MLP down
+        formulation="rf", precision="fp32", network="mlp", depth=2, steps=6_000, batch_size=256,
+        lr=2e-3, warmup=500, decay=True, beta2=0.99, eps=1e-8, ema_every=10, block=25,
+        log_every=100, validation=1024,
     ),
-    "toy2d --network mmdit": dict(steps=6_000, batch_size=256, lr=2e-3, clip=1.0, threads=None),
+    "toy2d --network mlp": dict(  # on one thread, as two would slow it down
+        steps=27_000, batch_size=1024, lr=1e-2, clip=None, threads=1
+    ),
     # shapes are learned last, and from much noise: hence (0.5, 1) and small batches
     "shapes": dict(
         formulation="rf/lognorm(0.50,1.00)", precision="bf16" if fast_bf16() else "fp32",
@@ -104,12 +107,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset(words: str) -> dict[str, Any]:
     """The changes of all rows whose words are among these, as in preset("toy2d student"). Students
-    have the rows with "student", other runs the rows without."""
+    have the rows with "student", other runs the rows without. A row can choose the network."""
     given, changes = set(words.split()), {}
     for row, values in PRESETS.items():
         row_words = set(row.split())
         if row_words <= given and ("student" in row_words) == ("student" in given):
             changes |= values
+            if "--network" not in given and "network" in changes:
+                given |= {"--network", changes["network"]}
     return changes
 
 
@@ -190,6 +195,10 @@ def no_memory(error: Exception) -> bool:
 class Parser(argparse.ArgumentParser):
     """It makes flags of options. An error is one line, with status 2."""
 
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.owners: dict[str, tuple] = {}  # of each option: who has it, and its annotation
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
@@ -212,6 +221,11 @@ class Parser(argparse.ArgumentParser):
     def add_options(self, of: Callable, title: str, defaults: bool = True) -> None:
         group = self.add_argument_group(title)
         for name, option in inspect.signature(of).parameters.items():
+            owner, known = self.owners.setdefault(name, (title, option.annotation))
+            if known != option.annotation:
+                raise ValueError(f"{title} and {owner} define --{name} differently")
+            if owner != title:
+                continue  # both have it
             if get_origin(option.annotation) is not Annotated:
                 continue
             expected, text, *bounds = get_args(option.annotation)

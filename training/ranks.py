@@ -118,9 +118,10 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def sharded(build: Callable, device: torch.device, bf16: bool, start=None) -> nn.Module:
-    """The network of build(), shared over all ranks, with the weights of `start` or, drawn layer by
-    layer, its own: no rank ever holds the whole. In bf16 a block's weights are rounded before they
-    travel. The rest is autocast's: FSDP's would keep the residual stream, too, in bf16."""
+    """The network of build(), shared over all ranks, with the weights of `start` or its own. Drawn
+    layer by layer no rank ever holds the whole; where that would not be all, each builds it whole
+    first. In bf16 a block's weights are rounded before they travel. The rest is autocast's: FSDP's
+    would keep the residual stream, too, in bf16."""
     if ranks()[1] == 1:
         raise InputError("--shard is for several ranks: torchrun --nproc_per_node N train.py ...")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # of torch 2.6 and newer
@@ -129,17 +130,27 @@ def sharded(build: Callable, device: torch.device, bf16: bool, start=None) -> nn
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     # it is built with weights that have a shape and no values; buffers are real
     meta = lambda module, name, w: w if w is None else nn.Parameter(w.to("meta"), w.requires_grad)
-    with register_module_parameter_registration_hook(meta):
+    with torch.random.fork_rng([]), register_module_parameter_registration_hook(meta):
+        network = build()
+    by_layers = all(map(drawn_by_layers, network.modules()))
+    if start is None and not by_layers:
         network = build()
     for block in blocks_of(network):
         fully_shard(block, mp_policy=policy)
     fully_shard(network, reshard_after_forward=True)
     network._apply(lambda w: torch.empty_like(w, device=device) if w.is_meta else w.to(device))
-    if start is None:
-        initialize(network)
-    else:
+    if start is not None:
         network.load_state_dict(start.state_dict())
+    elif by_layers:
+        initialize(network)
     return network
+
+
+def drawn_by_layers(module: nn.Module) -> bool:
+    """Whether `initialize` draws all that the constructor does: another class may set a weight to
+    zero, or have weights of its own. A subclass does not inherit the answer."""
+    ours = type(module).__module__.partition(".")[0] in ("torch", "mmdit", "toy2d")
+    return ours or "drawn_by_layers" in vars(type(module))
 
 
 @torch.no_grad()
