@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import perflow
 import sample
-from data.base import HELD_OUT, NOISE, seeded
+from data.base import NOISE, seeded, validation
 from rf import Field, InputError
 from sample import Sampler
 from training import ranks as parallel
@@ -181,14 +181,11 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
 
 @torch.no_grad()
 def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor) -> float:
-    """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
-    eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
-    parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
-    losses = []
-    for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
-        t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
-        z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
-        losses.append((field(z, t, *rows_cond).float() - target).square().flatten(1).mean(1))
+    """The loss on the rows of `validation`: fixed t, data and noise."""
+    losses = [
+        (field(z, t, *cond).float() - target).square().flatten(1).mean(1)
+        for z, t, target, *cond in validation(objective, x0, *cond)
+    ]
     return torch.cat(losses).mean().item()
 
 

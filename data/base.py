@@ -5,8 +5,9 @@ a line in `training.checkpoint.DATASETS`. Batch n is a pure function of (seed, n
 Read next: `data/toy.py`, the smallest data set."""
 
 import functools
+import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Annotated, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from data.labels import ClassMMDiT
 from data.pictures import draw_sheet, to_uint8
-from rf import InputError, expand
+from rf import InputError, Rows, expand
 from training.options import Count
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
@@ -30,6 +31,17 @@ def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Gene
     numbers = [number & 0xFFFFFFFF for number in (seed, n, micro, what)]
     state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def validation(objective, x0: Tensor, *cond: Tensor) -> Iterator[Rows]:
+    """Rows (z_in, t, target, *cond) of held-out examples, with the same noise always, at each
+    t = (i + 1/2)/8 in turn: some paths' ends are singular."""
+    eps = torch.randn(x0.shape, generator=seeded(0, 1, 0, HELD_OUT)).to(x0.device)
+    parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
+    for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
+        t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
+        z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
+        yield z, t, target, *rows_cond
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
