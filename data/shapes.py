@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.base import HELD_OUT, Data, seeded
+from data.base import HELD_OUT, Data, seeded, validation
 from data.pictures import draw_captioned, to_uint8
 from mmdit import MMDiT
-from rf import Field, InputError, Pair, Path
+from rf import Field, Formulation, InputError, Pair, Path, expand
 from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
@@ -328,8 +328,29 @@ class Shapes(Data):
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
         return verdicts(rows, model.draw(n, *conditions_of(rows), steps=steps, cfg=cfg))
 
+    @torch.no_grad()
+    def errors(self, model, n: int) -> Tensor:
+        """|o - target|^2, its floor |E[target | z] - target|^2 that nothing can learn away, and the
+        two parts of the relative excess, |o - E[target | z]|^2 and |E[target | z]|^2: their means
+        over n held-out pictures at each t of the `validation`, (8,4)."""
+        network, objective, errors = model.guided(), model.objective, []
+        held_out = [x.to(model.device) for x in self.held_out(n)]
+        for z_in, t, target, *cond in validation(objective, *held_out):
+            z = z_in / objective.path.c_in(expand(t, z_in))
+            _, *ends = posterior(z, t, objective.path, *cond)
+            _, best = objective.pair(*(end.to(z) for end in ends), t)
+            output = network(z_in, t, *cond)
+            parts = output - target, best - target, output - best, best
+            errors.append(torch.stack([x.square().flatten(1).mean(1) for x in parts], dim=1))
+        return torch.cat(errors).reshape(8, n, 4).mean(1)
+
     def metrics(self, model) -> dict[str, float]:
-        return {"right": self.right(model, 64, steps=max(10, model.objective.fewest))["all right"]}
+        steps = max(10, model.objective.fewest)
+        shown = {"right": self.right(model, 64, steps=steps)["all right"]}
+        if isinstance(model.objective, Formulation):  # nobody knows the best student of a teacher
+            _, _, error, power = self.errors(model, 32).mean(0).tolist()
+            shown["excess"] = error / power
+        return shown
 
     def report(self, model, out: File, teacher=None) -> None:
         steps = model.objective.fewest if teacher else 25
@@ -351,6 +372,12 @@ class Shapes(Data):
             name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
             cells = "".join(f"{shares[aspect]:12.1%}" for aspect in ASPECTS)
             print(f"{name:24}{cells}{shares['distance']:12.3f}")
+        if isinstance(model.objective, Formulation):
+            loss, floor, error, power = self.errors(model, model.config["validation"]).T
+            floor = f"exact floor {floor.mean():.4f}, which no network can learn away"
+            print(f"validation loss {loss.mean():.4f}; its {floor}")
+            ratios = " ".join(f"{x:.1e}" for x in [error.mean() / power.mean(), *(error / power)])
+            print(f"relative excess: whole, then at t = 1/16, 3/16, ... 15/16: {ratios}")
         cond = self.conditions(self.spec(), 32, generator=seeded(0, 2, 1, HELD_OUT))
         x0 = model.draw(32, *cond, steps=steps)
         print(f"pictures: {self.write(self.spec(), out / 'samples.png', x0, *cond)}")

@@ -1,6 +1,7 @@
 """The laboratory of text: what is drawn, what is read, and a model of it through the commands."""
 
 import itertools
+import json
 import math
 import sys
 from functools import cache
@@ -16,7 +17,7 @@ import sample
 import train
 from data import shapes
 from data.shapes import CAPTIONS, NEW, PAIRS, UNSEEN, VOCABULARY, Shapes
-from rf import EDM, Cosine, RectifiedFlow, expand, guide, solve
+from rf import EDM, Cosine, RectifiedFlow, expand, formulation, guide, solve
 
 
 def seeded(seed=0):
@@ -345,6 +346,32 @@ def test_at_t_0_the_picture_is_known_and_nothing_of_the_noise(pictures):
         assert (eps.abs() < 1e-6).all() and log_p.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["rf", "eps/cos", "edm(-1.20,1.20)"])
+def test_errors_are_zero_of_the_best_network_and_its_loss_is_the_floor(name):
+    f, data = formulation(name), Shapes(None)
+
+    def best(z_in, t, *cond):
+        ends = shapes.posterior(z_in.double() / expand(f.path.c_in(t), z_in), t, f.path, *cond)[1:]
+        return f.pair(*ends, t.double())[1].float()
+
+    model = lambda network: SimpleNamespace(guided=lambda: network, objective=f, device="cpu")
+    errors = {
+        scale: data.errors(model(lambda *args, scale=scale: scale * best(*args)), 12)
+        for scale in (1, 0, 1.1)
+    }
+    loss, floor, error, power = errors[1].T
+    torch.testing.assert_close(loss, floor)
+    assert errors[1].shape == (8, 4) and error.max() < 1e-8
+    assert floor[-1] > 1e3 * floor[0].clamp(min=1e-9) or name != "rf"  # much noise hides more
+    torch.testing.assert_close(errors[0][:, 1:3], torch.stack([floor, power], dim=1))
+    torch.testing.assert_close(errors[1.1][:, 2], 0.01 * power, rtol=1e-3, atol=1e-7)
+    held_out = data.held_out(12)
+    if name == "rf":  # of the answer 0, E|eps - x0|^2
+        expected = 1 + held_out[0].square().mean().item()
+        assert errors[0][:, 0].mean().item() == pytest.approx(expected, rel=0.05)
+    assert loss.mean().item() == pytest.approx(train.validation_loss(best, f, *held_out), rel=1e-5)
+
+
 # ---- a model of it
 
 
@@ -379,12 +406,14 @@ def few(right):
 
 def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):
     assert Image.open(model / "samples.png").size[0] > 800
-    assert "right" in (model / "log.jsonl").read_text()
+    log = (model / "log.jsonl").read_text()
+    assert "right" in log and 0 < json.loads(log.splitlines()[-1])["excess"] < 10
     monkeypatch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
     sampler = sample.load(model / "checkpoint.pt")
     Shapes(None).report(sampler, model)
     printed = capsys.readouterr().out
-    for text in ("all right", "relation", "guidance 3, seen", "guidance 1, unseen"):
+    texts = ("all right", "relation", "guidance 3, seen", "guidance 1, unseen", "exact floor 0.0")
+    for text in (*texts, "relative excess: whole"):
         assert text in printed
     assert sampler.cfg == 3.0
 
@@ -446,3 +475,4 @@ def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, f
     student = sample.load(tmp_path / "student" / "checkpoint.pt")
     assert student.cfg == (1.0 if flags else 3.0)
     assert ("guidance 3, seen" in printed) == (not flags)
+    assert "excess" not in printed + (tmp_path / "student" / "log.jsonl").read_text()
