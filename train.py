@@ -22,7 +22,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import perflow
 import sample
-from data.base import HELD_OUT, NOISE, seeded
+from data.base import NOISE, batchwise, seeded, validation
 from rf import Field, InputError
 from sample import Sampler
 from training import ranks as parallel
@@ -45,14 +45,6 @@ from training.options import Recipe, pick, reading
 
 
 # ---- The batches: (z_in, t, target, *cond), a pure function of (seed, block of steps, micro-batch)
-def made_of(objective, make: Callable, size: int, *tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors make(*tensors), of all rows at once; `size` rows at a time where x0 and noise are
-    coupled, as a coupling is of one batch."""
-    size = size if objective.coupled else len(tensors[0])
-    parts = [make(*part) for part in zip(*(x.split(size) for x in tensors), strict=True)]
-    return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
-
-
 def batches(
     data, objective, recipe: Recipe, null_cond: Sequence[Tensor] = (),
     start: int = 0, rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
@@ -73,7 +65,7 @@ def batches(
             if null_cond:
                 cond = data.drop(cond, null_cond, recipe.dropout, generator)
             make = partial(objective.examples, generator=generator)
-            rows = made_of(objective, make, size // block, x0, *cond)
+            rows = batchwise(objective, make, size // block, x0, *cond)
             streams.append(zip(*(x.split(len(x) // block) for x in rows), strict=True))
         return list(zip(*streams, strict=True))
 
@@ -190,15 +182,11 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
 
 @torch.no_grad()
 def validation_loss(field: Field, objective, x0: Tensor, *cond: Tensor, batch_size=256) -> float:
-    """The loss at t = (i + 1/2)/8, as some paths' ends are singular; fixed data and noise."""
-    generator = seeded(0, 1, 0, HELD_OUT)
-    (eps,) = made_of(objective, lambda x: [objective.noise(x, generator)], batch_size, x0)
-    parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
-    losses = []
-    for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
-        t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
-        z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
-        losses.append((field(z, t, *rows_cond).float() - target).square().flatten(1).mean(1))
+    """The loss on the rows of `validation`: fixed t, data and noise."""
+    losses = [
+        (field(z, t, *cond).float() - target).square().flatten(1).mean(1)
+        for z, t, target, *cond in validation(objective, x0, *cond, batch_size=batch_size)
+    ]
     return torch.cat(losses).mean().item()
 
 

@@ -6,8 +6,9 @@ Read next: `data/toy.py`, the smallest data set."""
 
 import functools
 import inspect
+import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Annotated, ClassVar
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from data.networks import NETWORKS
 from data.pictures import draw_sheet, to_uint8
-from rf import InputError, expand, needed
+from rf import Formulation, InputError, Rows, expand, needed
 from training.options import Count
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
@@ -30,6 +31,32 @@ def seeded(seed: int, n: int, micro: int, what: int, device="cpu") -> torch.Gene
     numbers = [number & 0xFFFFFFFF for number in (seed, n, micro, what)]
     state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def batchwise(objective, make: Callable, size: int, *tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors make(*tensors), of all rows at once; `size` rows at a time where x0 and noise are
+    coupled, as a coupling is of one batch."""
+    size = size if objective.coupled else len(tensors[0])
+    parts = [make(*part) for part in zip(*(x.split(size) for x in tensors), strict=True)]
+    return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def validation(objective, x0: Tensor, *cond: Tensor, batch_size=256) -> Iterator[Rows]:
+    """Rows (z_in, t, target, *cond) of held-out examples, with the same noise always, at each
+    t = (i + 1/2)/8 in turn: some paths' ends are singular."""
+    generator = seeded(0, 1, 0, HELD_OUT)
+    (eps,) = batchwise(objective, lambda x: [objective.noise(x, generator)], batch_size, x0)
+    parts = torch.arange(len(x0)).split(max(1, 2**20 // x0[0].numel()))  # to bound the memory
+    for t, rows in itertools.product((torch.arange(8) + 0.5) / 8, parts):
+        t, rows_cond = t.to(x0.device).expand(len(rows)), [c[rows] for c in cond]
+        z, target = objective.pair(x0[rows], eps[rows], t, *rows_cond)
+        yield z, t, target, *rows_cond
+
+
+def has_truth(objective) -> bool:
+    """Whether E[target | z] follows from the data: of formulations with noise independent of x0.
+    Nobody knows the best student of a teacher."""
+    return isinstance(objective, Formulation) and not objective.coupled
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

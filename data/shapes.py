@@ -1,11 +1,14 @@
-"""The laboratory of text: drawn shapes with captions, and an exact reader of such pictures.
+"""The laboratory of text: drawn shapes with captions, their exact reader and their exact field.
 
 A caption names one object, or two and their relation: "a red circle left of a blue square".
-`render` draws it. `read` compares a picture with everything that can be drawn, so it is exact. The
-two texts of SD3's section 4 are fixed vectors: c_ctxt has one for each (word, place); c_vec counts
-the words, so it does not say which object has which colour. Read next: `data/cifar10.py`."""
+`render` draws it. `read` and `field`, which is u_t of (6), compare a picture with everything that
+can be drawn, so they are exact. The two texts of SD3's section 4 are fixed vectors: c_ctxt has one
+for each (word, place); c_vec counts the words, so it does not say which object has which colour.
+Time: t = 0 is data, t = 1 is noise. Read next: `data/cifar10.py`."""
 
 import itertools
+import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path as File
 from typing import ClassVar
@@ -13,11 +16,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.base import HELD_OUT, Data, seeded
+from data.base import HELD_OUT, Data, has_truth, seeded, validation
 from data.pictures import draw_captioned, to_uint8
-from rf import InputError
+from rf import Field, InputError, Pair, Path, expand
 from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
@@ -61,8 +64,9 @@ LAYOUT = torch.tensor([[*LAYOUTS].index(layout) for layout, _ in CAPTIONS.values
 NEW = torch.tensor([any(pair in UNSEEN for pair in pairs) for _, pairs in CAPTIONS.values()])
 # (2328,2); a single object stands twice
 OBJECTS = torch.tensor([[PAIRS.index(o) for o in (2 * b)[:2]] for _, b in CAPTIONS.values()])
-SENTENCES = [torch.tensor([VOCABULARY.index(word) + 1 for word in c.split()]) for c in CAPTIONS]
-IDS = nn.utils.rnn.pad_sequence(SENTENCES, batch_first=True)  # (2328,8); 0 stands for no word
+NONE = len(CAPTIONS)  # the row of no caption: it has no words, so it is the null condition
+SENTENCES = [[VOCABULARY.index(word) + 1 for word in c.split()] for c in (*CAPTIONS, "")]
+IDS = torch.tensor([(ids + WORDS * [0])[:WORDS] for ids in SENTENCES])  # (2329,8); 0 is no word
 
 
 def row_of(caption: str) -> int:
@@ -86,7 +90,7 @@ def conditions_of(rows: Tensor) -> list[Tensor]:
 
 
 def rows_of(context: Tensor) -> Tensor:
-    """The rows (n,) of these c_ctxt (n,8,24)."""
+    """The rows (n,) of these c_ctxt (n,8,24); of zeros it is NONE."""
     words = context[..., : len(VOCABULARY)]
     ids = torch.where(words.amax(-1) > 0, words.argmax(-1) + 1, 0)
     return (ids[:, None] == IDS).all(-1).float().argmax(-1)
@@ -122,6 +126,13 @@ def placed_masks() -> Tensor:
     return placed
 
 
+@cache
+def zones() -> list[list[Tensor]]:
+    """Of each layout and each of its objects: the masks (4,P,1024) at the P places of its zone."""
+    cut = lambda r, c: placed_masks()[:, r[0] : sum(r), c[0] : sum(c)].reshape(4, -1, SIZE**2)
+    return [[cut(*zone) for zone in layout] for layout in LAYOUTS.values()]
+
+
 def paints() -> Tensor:
     """(6,3): the colours minus white, in the units of x0 in [-1, 1]."""
     return 2 * torch.tensor([*COLOURS.values()]) - 2
@@ -144,22 +155,24 @@ def render(caption: str, generator: torch.Generator | None = None) -> Tensor:
 
 
 # ---- The reader
+def explained(d: Tensor, mask: Tensor, a: Tensor | float = 1) -> Tensor:
+    """|d|^2 - |d - a o|^2 (n,24,P): what is explained of d (n,3,1024) by each pair, o = pair minus
+    white, at each place of mask (4,P,1024)."""
+    overlap = torch.einsum("nkx,spx,ck->ncsp", d, mask, paints().to(d)).flatten(1, 2)  # <d, o>
+    power = paints().to(d).square().sum(1)[:, None] * mask[:, 0].square().sum(1)  # |o|^2 (6,4)
+    return 2 * a * overlap - a**2 * power.reshape(-1, 1)
+
+
 def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
     """The captions of the true pictures nearest to x0 (n,3,32,32), and their rms distances (n,). An
     object explains |x0 - white|^2 - |x0 - object|^2; two do not overlap: they explain the sum."""
     if len(x0) > 500:  # to bound the memory
         captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
         return [*itertools.chain(*captions)], torch.cat(distances)
-    d = x0.float().cpu() - 1
-    overlap = F.conv2d(d.flatten(0, 1)[:, None], masks()[:, None], padding=HALF)
-    overlap = overlap.unflatten(0, (-1, 3))  # (n,3,4,32,32): colour channel, shape, centre
-    power = paints().square().sum(1)[:, None] * masks().square().sum((1, 2))  # (6,4)
-    explained = 2 * torch.einsum("nksij,ck->ncsij", overlap, paints()) - power[..., None, None]
-    explained = explained.flatten(1, 2)  # (n,24,32,32)
+    d = x0.float().cpu().flatten(2) - 1
     totals, found = [], []
-    for zones in LAYOUTS.values():
-        spans = [[slice(start, start + n) for start, n in zone] for zone in zones]
-        best = [explained[:, :, r, c].flatten(2).amax(2).max(1) for r, c in spans]
+    for layout in zones():
+        best = [explained(d, mask).amax(2).max(1) for mask in layout]
         totals.append(sum(b.values for b in best))
         found.append(torch.stack([b.indices for b in best], dim=1).tolist())
     total, layout = torch.stack(totals).max(0)
@@ -189,6 +202,60 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
         table.append([known[row] == CAPTIONS[caption], colours, shapes, relation])
     shares = dict(zip(ASPECTS, torch.tensor(table).double().mean(0).tolist(), strict=True))
     return shares | {"distance": distances.mean().item()}
+
+
+# ---- The exact field: a mixture of points takes softmaxes where the reader takes maxima
+EXACT = dict(dtype=torch.float64, device="cpu")
+
+
+@cache
+def priors() -> Pair:
+    """log P of each layout (2329,3), and of each pair as first and as second object (2329,2,24). A
+    caption is sure of both. Without one, in the last row, they are the shares of `draw_rows`."""
+    seen = torch.tensor([pair not in UNSEEN for pair in PAIRS]).double()
+    layouts = torch.cat([F.one_hot(LAYOUT), torch.tensor([[0.2, 0.4, 0.4]], **EXACT)])
+    pairs = torch.cat([F.one_hot(OBJECTS), (seen / seen.sum()).expand(1, 2, -1)])
+    return layouts.log(), pairs.log()
+
+
+def posterior(z: Tensor, t: Tensor | float, path: Path, *cond: Tensor) -> tuple[Tensor, ...]:
+    """(3) log p_t(z) (n,), and the means of x0 and of eps given z_t = z (n,3,32,32), in float64.
+    cond is a network's; none is the null condition: no caption. p_t is the mean of N(a x0, b^2 I)
+    over all pictures x0. Two objects do not overlap: each multiplies the density of white by a
+    factor, so each is summed over by itself. Where b = 0 nothing is known of eps: its mean is 0."""
+    a, b, _, _ = path.coefficients(torch.as_tensor(t, **EXACT).reshape(-1, 1, 1))
+    var = (b**2).clamp(min=1e-200)  # no 0/0 at t = 0
+    d, colours = z.to(**EXACT).flatten(2) - a, paints().double()  # (n,3,1024), (6,3)
+    rows = rows_of(cond[0].cpu()) if cond else torch.tensor([NONE])
+    layouts, pairs = (prior[rows] for prior in priors())
+    sums = []
+    for total, zone_masks in zip(layouts.unbind(1), zones(), strict=True):
+        mean = 0
+        for pair, mask in zip(pairs.unbind(1), zone_masks, strict=False):  # one alone stands twice
+            mask, places = mask.double(), mask.shape[1]
+            logits = explained(d, mask, a) / (2 * var) + pair[..., None] - math.log(places)
+            chance = logits.flatten(1).softmax(1).reshape(-1, 6, 4, places)
+            mean = mean + torch.einsum("ncsp,ck,spx->nkx", chance, colours, mask)
+            total = total + logits.logsumexp((1, 2))
+        sums.append((total, mean))
+    total, mean = (torch.stack(x, dim=1) for x in zip(*sums, strict=True))  # (n,3), (n,3,3,1024)
+    mean = torch.einsum("nl,nlkx->nkx", total.softmax(1), mean)  # E[x0 | z] less white
+    eps = b * (d - a * mean) / var
+    white = -0.5 * (d**2 / var + torch.log(2 * math.pi * var)).sum((1, 2))
+    return white + total.logsumexp(1), (1 + mean).reshape(z.shape), eps.reshape(z.shape)
+
+
+def field(path: Path, captions: Sequence[str] | None = None) -> Field:
+    """(6), exact: u_t(z) = E[a' x0 + b' eps | z_t = z] as v(z, t, *cond). captions are one a row or
+    one for all rows; without them v takes a network's conditions, or none. A picture is a point,
+    so v has no limit at t = 0. A solver's last step should be Euler's: it ends at E[x0 | z]."""
+    fixed = conditions_of(torch.tensor([row_of(c) for c in captions])) if captions else ()
+
+    def velocity(z: Tensor, t: Tensor | float, *cond: Tensor) -> Tensor:
+        _, *ends = posterior(z, t, path, *(fixed or cond))
+        return path.derivative(*ends, torch.as_tensor(t, **EXACT)).to(z)
+
+    return velocity
 
 
 # ---- The shapes as the data of a run
@@ -251,8 +318,29 @@ class Shapes(Data):
         rows = draw_rows(n, seeded(0, int(new), 1, HELD_OUT), new)
         return verdicts(rows, model.draw(n, *conditions_of(rows), steps=steps, cfg=cfg))
 
+    @torch.no_grad()
+    def errors(self, model, n: int) -> Tensor:
+        """|o - target|^2, its floor |E[target | z] - target|^2 that nothing can learn away, and the
+        two parts of the relative excess, |o - E[target | z]|^2 and |E[target | z]|^2: their means
+        over n held-out pictures at each t of the `validation`, (8,4)."""
+        network, objective, errors = model.guided(), model.objective, []
+        held_out = [x.to(model.device) for x in self.held_out(n)]
+        for z_in, t, target, *cond in validation(objective, *held_out):
+            z = z_in / objective.path.c_in(expand(t, z_in))
+            _, *ends = posterior(z, t, objective.path, *cond)
+            _, best = objective.pair(*(end.to(z) for end in ends), t)
+            output = network(z_in, t, *cond)
+            parts = output - target, best - target, output - best, best
+            errors.append(torch.stack([x.square().flatten(1).mean(1) for x in parts], dim=1))
+        return torch.cat(errors).reshape(8, n, 4).mean(1)
+
     def metrics(self, model) -> dict[str, float]:
-        return {"right": self.right(model, 64, steps=max(10, model.objective.fewest))["all right"]}
+        steps = max(10, model.objective.fewest)
+        shown = {"right": self.right(model, 64, steps=steps)["all right"]}
+        if has_truth(model.objective):
+            _, _, error, power = self.errors(model, 32).mean(0).tolist()
+            shown["excess"] = error / power
+        return shown
 
     def report(self, model, out: File, teacher=None) -> None:
         steps = model.objective.fewest if teacher else 25
@@ -274,6 +362,12 @@ class Shapes(Data):
             name = f"guidance {cfg:g}, {'unseen' if new else 'seen'}"
             cells = "".join(f"{shares[aspect]:12.1%}" for aspect in ASPECTS)
             print(f"{name:24}{cells}{shares['distance']:12.3f}")
+        if has_truth(model.objective):
+            loss, floor, error, power = self.errors(model, model.config["validation"]).T
+            floor = f"exact floor {floor.mean():.4f}, which no network can learn away"
+            print(f"validation loss {loss.mean():.4f}; its {floor}")
+            ratios = " ".join(f"{x:.1e}" for x in [error.mean() / power.mean(), *(error / power)])
+            print(f"relative excess: whole, then at t = 1/16, 3/16, ... 15/16: {ratios}")
         cond = self.conditions(self.spec(), 32, generator=seeded(0, 2, 1, HELD_OUT))
         x0 = model.draw(32, *cond, steps=steps)
         print(f"pictures: {self.write(self.spec(), out / 'samples.png', x0, *cond)}")

@@ -398,6 +398,19 @@ def test_the_excess_is_shown_only_of_independent_pairs(forked):
 # ---- MeanFlow
 
 
+def test_the_report_of_an_objective_without_a_truth(
+    forked, tmp_path, monkeypatch, capsys, own_process
+):
+    """Samples and pictures, and no relative excess."""
+    few = lambda mixture, seed, n=0, c=False, whole=toy2d.reference: whole(mixture, seed, 300, c)
+    monkeypatch.setattr(toy2d, "reference", few)
+    monkeypatch.setattr(data.toy.Toy, "_draw_flow", lambda *args: None)
+    monkeypatch.setattr(data.toy.Toy, "recipe", QUICK)
+    run(monkeypatch, *LIVES["meanflow"], "--out", tmp_path / "m")
+    said = capsys.readouterr().out
+    assert "energy distance" in said and "relative excess" not in said
+
+
 def test_mean_flow_knows_the_exact_mean_velocity(forked):
     """Of data at a point, x0 = 0: v = z/t, and u(z, t, r) = z/t for every r: its own target."""
     exact = lambda z, times: z / times[:, :1]

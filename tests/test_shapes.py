@@ -1,7 +1,11 @@
 """The laboratory of text: what is drawn, what is read, and a model of it through the commands."""
 
 import itertools
+import json
+import math
 import sys
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +16,9 @@ from PIL import Image
 import sample
 import train
 from data import shapes
-from data.shapes import CAPTIONS, PAIRS, UNSEEN, VOCABULARY, Shapes
+from data.shapes import CAPTIONS, NEW, PAIRS, UNSEEN, VOCABULARY, Shapes
+from rf import EDM, Cosine, RectifiedFlow, expand, formulation, guide, solve
+from training.options import Recipe
 
 
 def seeded(seed=0):
@@ -93,6 +99,35 @@ def test_unseen_pairs_never_occur_in_training():
     assert abs(alone - 0.2) < 5 * (0.16 / len(named)) ** 0.5
     new = [CAPTIONS[[*CAPTIONS][row]][1] for row in shapes.draw_rows(500, seeded(), new=True)]
     assert all(set(objects) & UNSEEN for objects in new)
+
+
+@pytest.mark.parametrize("n", [2, 7, 400])
+def test_half_of_the_conditions_name_an_unseen_pair(n):
+    context, _ = Shapes.conditions({}, n, generator=seeded())
+    assert NEW[shapes.rows_of(context)].sum() == n // 2
+
+
+def test_the_last_row_is_the_null_condition():
+    network = Shapes.network({}, Recipe(depth=1))
+    for null, cond in zip(
+        network.null_cond, shapes.conditions_of(torch.tensor([shapes.NONE])), strict=True
+    ):
+        assert torch.equal(null.expand_as(cond[0]), cond[0])
+    assert shapes.rows_of(network.null_cond[0][None]).tolist() == [shapes.NONE]
+
+
+def shares():
+    """The probability (2328,) of each caption in training: a fifth has one of the 18 seen pairs."""
+    one, two = 0.2 / 18, 0.8 / (4 * 18**2)
+    p = [one if len(objects) == 1 else two for _, objects in CAPTIONS.values()]
+    return torch.tensor(p, dtype=torch.float64) * ~NEW
+
+
+def test_captions_are_drawn_with_their_shares():
+    n = 500_000
+    counts, p = shapes.draw_rows(n, seeded()).bincount(minlength=len(CAPTIONS)), shares()
+    assert p.sum() == pytest.approx(1)
+    assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
 # ---- pictures
@@ -182,6 +217,162 @@ def test_verdicts_by_hand():
         assert tuple(shapes.verdicts(want(caption), x0).values())[:4] == right, caption
 
 
+# ---- the exact field
+
+
+@cache
+def all_pictures(caption):
+    """Every picture (m,3,32,32) of a caption, in float64, drawn pixel by pixel."""
+    layout, objects = CAPTIONS[caption]
+    spots = [itertools.product(*(range(s, s + n) for s, n in z)) for z in shapes.LAYOUTS[layout]]
+    pictures = []
+    for places in itertools.product(*spots):
+        x0 = torch.ones(3, 32, 32, dtype=torch.float64)
+        for (colour, shape), (i, j) in zip(objects, places, strict=True):
+            mask = shapes.masks()[[*shapes.SHAPES].index(shape)].double()
+            paint = shapes.paints()[[*shapes.COLOURS].index(colour)].double()
+            x0[:, i - 6 : i + 7, j - 6 : j + 7] += paint[:, None, None] * mask
+        pictures.append(x0)
+    return torch.stack(pictures)
+
+
+def brute_force(z, t, path, caption):
+    """log p_t(z), E[x0 | z] and E[eps | z] for one z (3,32,32), over all pictures."""
+    x0, t = all_pictures(caption), torch.tensor(t, dtype=torch.float64)
+    a, b = path.a(t), path.b(t)
+    log_p = -0.5 * ((z - a * x0) ** 2 / b**2 + torch.log(2 * math.pi * b**2)).sum((1, 2, 3))
+    weights = log_p.softmax(0)[:, None, None, None]
+    log_density = log_p.logsumexp(0) - math.log(len(x0))
+    return log_density, (weights * x0).sum(0), (weights * (z - a * x0) / b).sum(0)
+
+
+def conditions(*captions):
+    return shapes.conditions_of(torch.tensor([shapes.row_of(caption) for caption in captions]))
+
+
+def noised(caption, t, path, n=1, seed=0):
+    """z_t (n,3,32,32) of pictures of a caption, in float64."""
+    g = seeded(seed)
+    x0 = shapes.paint(torch.full((n,), shapes.row_of(caption)), g).double()
+    return path.interpolate(x0, torch.randn(x0.shape, generator=g, dtype=torch.float64), t)
+
+
+ONE, TWO = "a red circle", "a yellow cross right of a blue square"
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(), EDM()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("given", [ONE, TWO, "a purple triangle below a black circle"])
+def test_the_posterior_equals_brute_force_over_all_pictures(given, path):
+    """Also where z is of a picture of another caption."""
+    for t, shown in ((0.3, given), (0.8, ONE), (0.95, given)):
+        z = noised(shown, t, path)
+        expected = brute_force(z[0], t, path, given)
+        found = shapes.posterior(z, t, path, *conditions(given))
+        torch.testing.assert_close(found[0][0], expected[0], rtol=1e-12, atol=1e-12)
+        for end, truth in zip(found[1:], expected[1:], strict=True):
+            torch.testing.assert_close(end[0], truth, rtol=1e-12, atol=1e-12)
+        velocity = path.derivative(*expected[1:], torch.tensor(t, dtype=torch.float64))
+        v = shapes.field(path, [given])(z, t)[0]
+        torch.testing.assert_close(v, velocity, rtol=1e-12, atol=1e-12 * velocity.abs().max())
+
+
+@pytest.mark.parametrize("shown", [ONE, TWO])
+def test_without_a_caption_it_is_the_mean_over_captions(shown):
+    """E[x0 | z] = sum_c p(c) p_t(z | c) E[x0 | z, c]/p_t(z): all captions c that training draws."""
+    path, t, rows = RectifiedFlow(), 0.96, shares().nonzero()[:, 0]
+    z = noised(shown, t, path, seed=1)
+    repeated = z.expand(len(rows), -1, -1, -1)
+    log_p, *ends = shapes.posterior(repeated, t, path, *shapes.conditions_of(rows))
+    joint = shares()[rows].log() + log_p
+    weights = joint.softmax(0)[:, None, None, None]
+    assert weights.max() < 0.3  # many captions are possible
+    log_density, *found = shapes.posterior(z, t, path)
+    torch.testing.assert_close(log_density[0], joint.logsumexp(0), rtol=1e-12, atol=1e-12)
+    for end, given in zip(found, ends, strict=True):
+        torch.testing.assert_close(end[0], (weights * given).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_the_score_is_the_gradient_of_the_log_density():
+    """grad log p_t(z) = (a E[x0 | z] - z)/b^2 = -E[eps | z]/b, with and without captions."""
+    path, t = RectifiedFlow(), torch.tensor([0.2, 0.6, 0.9, 0.9], dtype=torch.float64)
+    cond = [torch.cat([c, 0 * c[:1]]) for c in conditions(ONE, TWO, ONE)]
+    z = torch.cat([noised(TWO, t[i].item(), path, seed=i) for i in range(4)]).requires_grad_()
+    log_p, x0, eps = shapes.posterior(z, t, path, *cond)
+    (score,) = torch.autograd.grad(log_p.sum(), z)
+    a, b = expand(path.a(t), z), expand(path.b(t), z)
+    torch.testing.assert_close(score, (a * x0 - z) / b**2, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(score, -eps / b, rtol=1e-9, atol=1e-9)
+
+
+def test_samples_of_the_exact_field_are_true_pictures(pictures):
+    """In 25 Euler steps: of their captions, also of unseen pairs; without any, of seen ones."""
+    rows = pictures[0][190:210]
+    noise = torch.randn(len(rows), 3, 32, 32, generator=seeded(), dtype=torch.float64)
+    v = shapes.field(RectifiedFlow())
+    x0 = solve(v, noise, *shapes.conditions_of(rows), steps=25)
+    assert shapes.verdicts(rows, x0)["all right"] == 1
+    free = solve(v, noise, steps=25)
+    for x in (x0, free):  # the nearest picture, to rounding
+        given = shapes.conditions_of(rows) if x is x0 else []
+        torch.testing.assert_close(shapes.posterior(x, 0.0, RectifiedFlow(), *given)[1], x)
+    captions, distance = shapes.nearest(free)
+    assert distance.max() < 1e-3 and len(set(captions)) > 15
+    assert not NEW[[shapes.row_of(caption) for caption in captions]].any()
+
+
+def test_the_exact_field_has_the_calls_of_a_network():
+    path, t = RectifiedFlow(), torch.tensor([0.7, 0.8, 0.9])
+    z = torch.cat([noised(TWO, x.item(), path) for x in t]).float()
+    v, cond = shapes.field(path), conditions(ONE, TWO, ONE)
+    with_captions, without = v(z, t, *cond), v(z, t)
+    assert with_captions.dtype == torch.float32 and with_captions.shape == z.shape
+    assert torch.equal(with_captions, shapes.field(path, [ONE, TWO, ONE])(z, t))
+    one = shapes.field(path, [ONE])(z, t)  # for all rows
+    torch.testing.assert_close(one[0], with_captions[0])
+    torch.testing.assert_close(one[1], v(z[1:2], t[1:2], *conditions(ONE))[0])
+    mixed = v(z, t, *(c * torch.tensor([1, 0, 1]).reshape(-1, *[1] * (c.dim() - 1)) for c in cond))
+    torch.testing.assert_close(mixed[[0, 2]], with_captions[[0, 2]])
+    torch.testing.assert_close(mixed[1], without[1])
+    assert (without - with_captions).abs().amax((1, 2, 3)).min() > 0.01
+    null = torch.zeros(8, 24), torch.zeros(16)
+    guided = guide(v, null, 3.0)(z, t, *cond)
+    torch.testing.assert_close(guided, without + 3 * (with_captions - without))
+
+
+def test_at_t_0_the_picture_is_known_and_nothing_of_the_noise(pictures):
+    rows, x0 = pictures
+    for cond in (shapes.conditions_of(rows[:9]), []):  # seen pairs
+        log_p, found, eps = shapes.posterior(x0[:9], 0.0, RectifiedFlow(), *cond)
+        torch.testing.assert_close(found, x0[:9].double(), rtol=0, atol=1e-6)
+        assert (eps.abs() < 1e-6).all() and log_p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["rf", "eps/cos", "edm(-1.20,1.20)"])
+def test_errors_are_zero_of_the_best_network_and_its_loss_is_the_floor(name):
+    f, data = formulation(name), Shapes(None)
+
+    def best(z_in, t, *cond):
+        ends = shapes.posterior(z_in.double() / expand(f.path.c_in(t), z_in), t, f.path, *cond)[1:]
+        return f.pair(*ends, t.double())[1].float()
+
+    model = lambda network: SimpleNamespace(guided=lambda: network, objective=f, device="cpu")
+    errors = {
+        scale: data.errors(model(lambda *args, scale=scale: scale * best(*args)), 12)
+        for scale in (1, 0, 1.1)
+    }
+    loss, floor, error, power = errors[1].T
+    torch.testing.assert_close(loss, floor)
+    assert errors[1].shape == (8, 4) and error.max() < 1e-8
+    assert floor[-1] > 1e3 * floor[0].clamp(min=1e-9) or name != "rf"  # much noise hides more
+    torch.testing.assert_close(errors[0][:, 1:3], torch.stack([floor, power], dim=1))
+    torch.testing.assert_close(errors[1.1][:, 2], 0.01 * power, rtol=1e-3, atol=1e-7)
+    held_out = data.held_out(12)
+    if name == "rf":  # of the answer 0, E|eps - x0|^2
+        expected = 1 + held_out[0].square().mean().item()
+        assert errors[0][:, 0].mean().item() == pytest.approx(expected, rel=0.05)
+    assert loss.mean().item() == pytest.approx(train.validation_loss(best, f, *held_out), rel=1e-5)
+
+
 # ---- a model of it
 
 
@@ -216,12 +407,14 @@ def few(right):
 
 def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):
     assert Image.open(model / "samples.png").size[0] > 800
-    assert "right" in (model / "log.jsonl").read_text()
+    log = (model / "log.jsonl").read_text()
+    assert "right" in log and 0 < json.loads(log.splitlines()[-1])["excess"] < 10
     monkeypatch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
     sampler = sample.load(model / "checkpoint.pt")
     Shapes(None).report(sampler, model)
     printed = capsys.readouterr().out
-    for text in ("all right", "relation", "guidance 3, seen", "guidance 1, unseen"):
+    texts = ("all right", "relation", "guidance 3, seen", "guidance 1, unseen", "exact floor 0.0")
+    for text in (*texts, "relative excess: whole"):
         assert text in printed
     assert sampler.cfg == 3.0
 
@@ -283,3 +476,4 @@ def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, f
     student = sample.load(tmp_path / "student" / "checkpoint.pt")
     assert student.cfg == (1.0 if flags else 3.0)
     assert ("guidance 3, seen" in printed) == (not flags)
+    assert "excess" not in printed + (tmp_path / "student" / "log.jsonl").read_text()

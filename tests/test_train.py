@@ -269,6 +269,11 @@ def test_perflow_students_train_sample_and_plug(
     monkeypatch.setattr(data.toy, "reference", few)
     monkeypatch.setattr(data.toy, "yardsticks", lambda *args: metrics)  # both take seconds
     monkeypatch.setattr(Toy, "_draw_flow", lambda *args: None)
+    compared, compare = set(), Toy._compare
+    spy = lambda data, student, out, teacher: (
+        compared.add(teacher.cfg), compare(data, student, out, teacher)
+    )  # fmt: skip
+    monkeypatch.setattr(Toy, "_compare", spy)
     common = ["--steps", 30, "--batch-size", 16]
     for args in (
         ["--formulation", name, "--conditional", "--out", teacher, *common],
@@ -276,6 +281,7 @@ def test_perflow_students_train_sample_and_plug(
     ):
         run(monkeypatch, *args)
     assert "4-step gap" in capsys.readouterr().out and (student / "windows.png").exists()
+    assert compared == {2.0 if "fixed" in flags else 1.0}  # the teacher as it is solved
     sampler = sample.load(student / "checkpoint.pt")
     noise, label = torch.randn(6, 2), torch.arange(6)
     assert sampler.sample(noise, label, steps=4).isfinite().all()
