@@ -1,10 +1,11 @@
 """What can be chosen, and the table of what data sets and students change in it."""
 
 import itertools
+import os
 
 import pytest
 
-from training.checkpoint import DATASETS
+from training.checkpoint import DATASETS, read
 from training.options import PRESETS, Recipe, preset
 
 OF_DATA = [f"{name}{more}" for name, more in itertools.product(DATASETS, ("", " student"))]
@@ -30,3 +31,10 @@ def test_rows_of_the_table_add_up():
     assert preset("toy2d --guidance fixed student") == student | {"dropout": 0.0}
     assert preset("digits") == {} and preset("digits student") == PRESETS["student"]
     assert preset("toy2d --guidance fixed") == toy  # of no student
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_what_never_ends_is_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
+        read(tmp_path / name)
