@@ -151,6 +151,9 @@ class Latents(Dataset):
         t5, width = t5 and meta.get("t5", True), spec["context"][-1]
         encoder = text_encoders.load(meta["text"], t5, device, meta["t5_tokens"], width)
         context, pooled = encoder([*prompts, ""])
+        if pooled.shape[1:] != tuple(spec["pooled"]):
+            fault = f"its CLIPs give {pooled.shape[1]} numbers, the model takes {spec['pooled'][0]}"
+            raise InputError(f"{meta['text']}: {fault}")
         null = [context[-1], pooled[-1]] if spec["released"] else None  # ours learn with zeros
         return [context[:-1], pooled[:-1]], null
 
