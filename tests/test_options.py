@@ -20,6 +20,13 @@ def test_every_preset_makes_a_recipe(words):
     assert preset(words) != changes
 
 
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_what_never_ends_is_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
+        read(tmp_path / name)
+
+
 def test_rows_of_the_table_add_up():
     """A row counts where all its words are said, later ones win, and those of students change
     students only."""
@@ -31,10 +38,3 @@ def test_rows_of_the_table_add_up():
     assert preset("toy2d --guidance fixed student") == student | {"dropout": 0.0}
     assert preset("digits") == {} and preset("digits student") == PRESETS["student"]
     assert preset("toy2d --guidance fixed") == toy  # of no student
-
-
-@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
-def test_what_never_ends_is_not_read(tmp_path, name):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
-        read(tmp_path / name)
