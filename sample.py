@@ -203,7 +203,7 @@ def run(
     where, texts = check_device(device), list(prompt or [])
     if prompts:
         with reading(prompts, "text"):
-            texts += filter(str.strip, prompts.read_text(encoding="utf-8").splitlines())
+            texts += filter(str.strip, prompts.read_text(encoding="utf-8-sig").split("\n"))
         if not texts:
             raise InputError(f"--prompts {prompts} is empty")
     if label is not None and condition is not None:

@@ -26,12 +26,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data.latents import load_vae
+from data.latents import LABELS, TEXTS, Meta, load_vae
 from data.pictures import to_float
 from rf import InputError
 from sd3 import text as text_encoders
 from training.folder import locked
-from training.options import Count, command, reading
+from training.options import Count, command, misfit, pick, reading
 from training.ranks import check_device, join, leave, meet, ranks
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -57,31 +57,39 @@ def unreadable(path: File, size: int) -> str | None:
 def find_images(images: File, captioned: bool) -> tuple[list[File], list[str]]:
     """FOLDER/CLASS/IMAGE.jpg with the classes; or FOLDER/[.../]IMAGE.jpg with the captions, from
     IMAGE.txt or the lines {"file_name", "text"} of FOLDER/metadata.jsonl."""
-    found = {*images.glob("[!.]*/[!.]*"), *(images.rglob("[!.]*") if captioned else ())}
-    files = sorted(file for file in found if file.suffix.lower() in FORMATS and file.is_file())
+    found = {*images.glob("*/*"), *(images.rglob("*") if captioned else ())}
+    hidden = lambda file: any(part[0] == "." for part in file.relative_to(images).parts)
+    good = lambda file: file.suffix.lower() in FORMATS and file.is_file() and not hidden(file)
+    files = sorted(filter(good, found))
     if len(files) < 2:
         raise InputError(f"--images {images} must hold at least two images FOLDER/CLASS/IMAGE.jpg")
     if not captioned:
         return files, [file.parent.name for file in files]
     table = images / "metadata.jsonl"
     with reading(table, "lines of file_name and text"):
-        lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
-        captions = {row["file_name"]: str(row["text"]) for row in map(json.loads, lines)}
+        lines = table.read_text(encoding="utf-8-sig").split("\n") if table.exists() else []
+        rows = [json.loads(line) for line in filter(str.strip, lines)]
+        captions = {row["file_name"]: row["text"] for row in rows}
+        if fault := misfit([*captions.values()], list[str]):
+            raise InputError(f"the text {fault}")
+        "".join(captions.values()).encode()  # an error where a lone surrogate is no text
     names = [str(file.relative_to(images)) for file in files]
     for name, file in zip(names, files, strict=True):
         caption_file = file.with_suffix(".txt")
         if caption_file.exists():
             with reading(caption_file, "text"):
-                captions[name] = caption_file.read_text(encoding="utf-8").strip()
+                captions[name] = caption_file.read_text(encoding="utf-8-sig").strip()
         if name not in captions:
             raise InputError(f"{name} has no caption: no .txt beside it, no line in {table.name}")
     return files, [captions[name] for name in names]
 
 
 @contextlib.contextmanager
-def open_parts(out: File, shapes: dict[str, tuple], n: int):
+def open_parts(out: File, shapes: dict[str, tuple], keys: np.ndarray):
     """(done (n,), write(i, arrays)) for float16 arrays (n, *shape), which several processes write
-    together as NAME.npy.part. rows.part has a byte for each row that all arrays hold whole."""
+    together as NAME.npy.part. rows.part has the key of each row that all arrays hold whole: a row
+    of another key, as its picture or caption was replaced, is not done."""
+    n = len(keys)
     with contextlib.ExitStack() as stack:
 
         def part(name: str):
@@ -104,32 +112,37 @@ def open_parts(out: File, shapes: dict[str, tuple], n: int):
                 file.seek(start + i * row)
                 file.write(array.half().cpu().numpy().tobytes())
                 file.flush()
-            record.seek(i)
-            record.write(b"\1" * len(arrays[0]))
+            record.seek(i * keys.itemsize)
+            record.write(keys[i : i + len(arrays[0])].tobytes())
             record.flush()
 
-        written = record.read()[:present].ljust(n, b"\0")
-        yield np.frombuffer(written, np.uint8) == 1, write
+        written = record.read()[: present * keys.itemsize].ljust(keys.nbytes, b"\0")
+        yield np.frombuffer(written, keys.dtype) == keys, write
         for file, *_ in files:
             os.fsync(file.fileno())
 
 
-def finish(out: File, names: Iterable[str], n: int) -> None:
+def finish(out: File, shapes: dict[str, tuple], keys: np.ndarray) -> None:
     """Give the arrays their final names. ValueError where a row is missing."""
-    present = (out / "rows.part").read_bytes().count(1)
-    if present < n:
-        raise InputError(f"{out} has {present} of {n} rows: a rank ended early; run it again")
-    for name in reversed([*names]):  # the first one last: where it is, all are whole
+    with open_parts(out, shapes, keys) as (done, _):
+        if not done.all():
+            present = f"{done.sum()} of {len(done)} rows"
+            raise InputError(f"{out} has {present}: a rank ended early; run it again")
+    for name in reversed([*shapes]):  # the first one last: where it is, all are whole
         (out / f"{name}.npy.part").replace(out / f"{name}.npy")
     (out / "rows.part").unlink()
 
 
-def begin(out: File, meta: dict, null: dict[str, Tensor], labels: np.ndarray) -> None:
-    """Write meta.json, and null.npz or the labels. ValueError on a whole folder, or another's."""
-    meta_file = out / "meta.json"
-    if (out / "latents.npy").exists():
-        raise InputError(f"--out {out} holds latents already; another --out keeps them")
-    if not (out / "latents.npy.part").exists():
+def begin(out: File, meta: dict, null: dict, labels: np.ndarray, names: Iterable[str]) -> None:
+    """Write meta.json, and null.npz or the labels. Where `finish` was stopped, its arrays get their
+    first names back. ValueError on a whole folder, or another's."""
+    meta_file, record = out / "meta.json", out / "rows.part"  # the first file, and the last to go
+    if not record.exists():
+        ours = ("latents.npy", *LABELS, *TEXTS, "null.npz", meta_file.name)
+        if taken := [name for name in ours if (out / name).exists()]:
+            raise InputError(f"--out {out} holds {', '.join(taken)}; another --out keeps them")
+        record.touch()
+    if not ((out / "latents.npy.part").exists() or (out / "latents.npy").exists()):
         if null:
             np.savez(out / "null.npz", **{key: x[0].half().numpy() for key, x in null.items()})
         else:
@@ -138,6 +151,9 @@ def begin(out: File, meta: dict, null: dict[str, Tensor], labels: np.ndarray) ->
     with reading(meta_file, "meta.json"):
         if json.loads(meta_file.read_text(encoding="utf-8")) != meta:
             raise InputError("it is of other images, --size, --vae or --text; take another --out")
+    for name in names:
+        if (out / f"{name}.npy").exists():
+            (out / f"{name}.npy").replace(out / f"{name}.npy.part")
 
 
 def latents_of(model, images: np.ndarray, meta: dict, device: torch.device, bf16: bool) -> Tensor:
@@ -159,6 +175,8 @@ def read_ahead(files: list[File], starts: list[int], batch_size: int, size: int)
             pictures, coming = coming, submit(next_start)
             try:
                 x = np.stack([picture.result() for picture in pictures])
+            except MemoryError:
+                raise
             except Exception:
                 bad = [*filter(None, threads.map(lambda file: unreadable(file, size), files[i:]))]
                 what = f"{len(bad)} pictures cannot be read; replace them to go on"
@@ -176,8 +194,8 @@ def encode(
     ] = None,
     text: Annotated[str | None, "encode captions, too, by the encoders of this SD3 folder"] = None,
     no_t5: Annotated[bool, "leave the largest of them out"] = False,
-    size: Annotated[Count, "pixels a side"] = 256,
-    batch_size: Annotated[Count, "images at once"] = 16,
+    size: Annotated[Count, "pixels a side", 1, 2**13] = 256,
+    batch_size: Annotated[Count, "images at once", 1, 2**12] = 16,
     device: Annotated[str | None, "cpu, cuda, cuda:1 (default: cuda if there)"] = None,
 ) -> None:
     """A latent is the mean of the VAE's posterior, in bf16 on a GPU. (The paper is silent. With
@@ -191,10 +209,15 @@ def encode(
     if size % factor:
         raise InputError(f"--size {size} is not a multiple of {factor}, the VAE's patch")
     files, texts = find_images(File(images), bool(text))  # classes or captions
-    listing = [f"{file.parent.name}/{file.name}" for file in files] + (texts if text else [])
-    digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    digest = lambda value: hashlib.sha256(json.dumps(value).encode())
+    listing = digest([str(file.relative_to(images)) for file in files]).hexdigest()
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(File.stat, files)]
+    keys = [digest(row).digest()[:8] for row in zip(stats, texts, strict=True)]
+    keys = np.frombuffer(b"".join(keys), np.uint64)
     meta = dict(scaling=model.config.scaling_factor, shift=model.config.shift_factor or 0.0)
-    meta |= dict(vae=vae, images=f"{size} pixels, sha256 {digest}")
+    with reading(vae, "VAE"):
+        pick(Meta, meta)
+    meta |= dict(vae=vae, images=f"{size} pixels, sha256 {listing}")
     shapes = {"latents": (model.config.latent_channels, size // factor, size // factor)}
     classes, labels = np.unique(texts, return_inverse=True)
     null: dict[str, Tensor] = {}  # the encoding of no text
@@ -209,9 +232,9 @@ def encode(
     join(torch.device("cpu"))
     with locked(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            begin(out, meta, null, labels)
+            begin(out, meta, null, labels, shapes)
         meet()
-        with open_parts(out, shapes, len(files)) as (done, write):
+        with open_parts(out, shapes, keys) as (done, write):
             starts = [*range(0, len(files), batch_size)][rank::world]
             todo = [i for i in starts if not done[i : i + batch_size].all()]
             place, before = torch.device(device), len(starts) - len(todo)
@@ -222,7 +245,7 @@ def encode(
                     write(i, [z, *encoded])
         meet()
         if rank == 0:
-            finish(out, shapes, len(files))
+            finish(out, shapes, keys)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ class Meta:
 def read_meta(path: File) -> tuple[dict, list[str] | None, list | None]:
     """A meta.json: a `Meta` as a dict, the names of the classes, and `Data.parts`."""
     like = '{"scaling": 1.5, "shift": 0.06, "vae": "NAME", "classes": ["cat", "dog"]}'
-    slices = lambda spans: [slice(*map(int, span)) for span in spans]
+    slices = lambda spans: [slice(int(start), int(stop)) for start, stop in spans]
     with reading(path, f"JSON object like {like}"):
         meta = dict(json.loads(path.read_text(encoding="utf-8")))
         names, parts = meta.get("classes"), meta.get("parts")
@@ -80,6 +80,7 @@ class Latents(Dataset):
         pooled: list[Annotated[Count, "", 1, 2**16]] | None = None
         meta: dict | None = None
         released: dict | None = None  # the shape of a released network
+        parts: list | None = None  # `Data.parts`, each slice as [start, stop]
 
         def __post_init__(self):
             super().__post_init__()
@@ -126,7 +127,10 @@ class Latents(Dataset):
 
     def spec(self) -> dict:
         shapes = [list(c.shape[1:]) for c in self.cond] if len(self.cond) == 2 else [None, None]
-        return super().spec() | dict(context=shapes[0], pooled=shapes[1], meta=self.meta)
+        plain = lambda i, *slices: [i, *([s.start, s.stop] for s in slices)]
+        parts = self.parts and [[plain(*entry) for entry in part] for part in self.parts]
+        spec = dict(context=shapes[0], pooled=shapes[1], meta=self.meta, parts=parts)
+        return super().spec() | spec
 
     @classmethod
     def arguments(cls, spec):
@@ -166,6 +170,9 @@ class Latents(Dataset):
         t5, width = t5 and meta.get("t5", True), spec["context"][-1]
         encoder = text_encoders.load(meta["text"], t5, device, meta["t5_tokens"], width)
         context, pooled = encoder([*prompts, ""])
+        if pooled.shape[1:] != tuple(spec["pooled"]):
+            fault = f"its CLIPs give {pooled.shape[1]} numbers, the model takes {spec['pooled'][0]}"
+            raise InputError(f"{meta['text']}: {fault}")
         null = [context[-1], pooled[-1]] if spec["released"] else None  # ours learn with zeros
         return [context[:-1], pooled[:-1]], null
 

@@ -4,9 +4,9 @@ c_ctxt has the penultimate hidden states of both CLIPs, joined in channels and p
 T5's width; T5's tokens, or zeros, follow. c_vec has the projected pooled vectors of both CLIPs.
 Guidance pushes away from the encoding of "". Read next: `sd3/weights.py`, the released network."""
 
+import functools
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
@@ -21,6 +21,7 @@ from training.ranks import check_memory
 
 CLIPS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 T5 = ("tokenizer_3", "text_encoder_3")
+say_once = functools.cache(print)  # a line of a text, however many prompts it is true of
 
 
 def open_folder(name: str, parts: Sequence[str]) -> File:
@@ -67,15 +68,16 @@ class Encoder:
         tokenizer = self.tokenizers[i]
         padded = dict(padding="max_length", max_length=length, return_tensors="pt")
         tokens = tokenizer(prompts, truncation=True, **padded)
-        for prompt in prompts:
-            number = len(tokenizer(prompt).input_ids)
-            if number > length:
-                cut = f"{prompt[:40]!r} has {number} tokens, and is cut to {length}"
-                warnings.warn(f"encoder {i + 1}: {cut}, as the reference does", stacklevel=4)
+        if any(len(ids) > length for ids in tokenizer(prompts, verbose=False).input_ids):
+            say_once(f"longer prompts are cut to {length} tokens, as the reference does")
         return tokens.input_ids.to(self.encoders[i].device)
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Sixteen prompts at a time, as the CLIPs return the states of all their layers."""
+        try:
+            "".join(prompts).encode()
+        except UnicodeEncodeError as error:  # a lone surrogate
+            raise InputError(f"a prompt is no text: {error}") from None
         parts = [self._encode(prompts[i : i + 16]) for i in range(0, len(prompts), 16)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -105,6 +107,7 @@ def load(folder: str | File, t5=True, device="cpu", t5_tokens=256, width=0) -> E
     except ImportError:
         message = "text encoders need the optional package transformers: pip install transformers"
         raise InputError(message) from None
+    transformers.logging.disable_progress_bar()  # bad input ends in one line
     clip = "CLIPTokenizer", "CLIPTextModelWithProjection"
     classes = {"": clip, "_2": clip}  # by the suffix of the folders
     if t5:
@@ -128,4 +131,16 @@ def load(folder: str | File, t5=True, device="cpu", t5_tokens=256, width=0) -> E
     if not width:
         with reading(file, "configuration of an SD3"):
             width = int(json.loads(file.read_text(encoding="utf-8"))["joint_attention_dim"])
+    configs = [encoder.config for encoder in encoders]
+    widths = [config.hidden_size for config in configs]
+    if sum(widths[:2]) > width or widths[2:] not in ([], [width]):
+        raise InputError(f"{folder}: encoders of the widths {widths} do not fit {width}")
+    lengths = {tokenizer.model_max_length for tokenizer in tokenizers[:2]}
+    lengths |= {config.max_position_embeddings for config in configs[:2]}
+    if len(lengths) > 1:
+        raise InputError(f"{folder}: its CLIPs and their tokenizers take {lengths} tokens")
+    for tokenizer, config in zip(tokenizers, configs, strict=True):
+        if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+            what = f"a tokenizer has the id {last}, its encoder {config.vocab_size} of them"
+            raise InputError(f"{folder}: {what}")
     return Encoder(tokenizers, encoders, width, t5_tokens)

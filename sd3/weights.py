@@ -9,9 +9,10 @@ from pathlib import Path as File
 import torch
 from torch import Tensor
 
+from mmdit import HEAD_DIM
 from rf import InputError
 from sd3.text import CLIPS, open_folder
-from training.options import reading
+from training.options import misfit, reading
 
 
 def read_weights(path: File) -> dict[str, Tensor]:
@@ -21,10 +22,8 @@ def read_weights(path: File) -> dict[str, Tensor]:
     full = [file for file in files if ".fp16." not in file.name]
     state: dict[str, Tensor] = {}
     for file in full or files:
-        try:
+        with reading(file, "safetensors file"):
             state |= load_file(file)
-        except Exception as error:  # the package has error types of its own
-            raise InputError(f"{file} is no safetensors file: {str(error)[:120]}") from None
     if not state:
         raise InputError(f"{path} has no .safetensors file")
     return state
@@ -103,7 +102,13 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
     weights = read_weights(File(path) if single else folder / "transformer")
     with reading(path, "transformer of an SD3"):
         state = released_names(weights)
-        _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        for key, w in state.items():
+            if not (w.is_floating_point() and w.float().isfinite().all()):
+                raise ValueError(f"{key} holds {w.dtype}, or what is not finite")
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        bias = tuple(state["x_embedder.proj.bias"].shape)
+        if bias != (width,) or width < HEAD_DIM:
+            raise ValueError(f"x_embedder.proj is {width} wide, and its bias has the shape {bias}")
         inputs = lambda layer: state[f"{layer}.weight"].shape[1]
         context, pooled = inputs("context_embedder"), inputs("y_embedder.mlp.0")
         table = math.isqrt(state["pos_embed"].shape[1])
@@ -113,6 +118,9 @@ def read_released(path: str) -> tuple[dict, dict[str, Tensor]]:
     with reading(file, "configuration of an SD3"):
         vae = json.loads(file.read_text(encoding="utf-8"))
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        for key, low in (("scaling_factor", 1e-9), ("shift_factor", -1e9)):
+            if fault := misfit(vae[key], float, low, 1e9):
+                raise ValueError(f"{key} {fault}")
         meta = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"], vae=f"{folder}/vae")
     meta |= dict(text=str(folder), t5_tokens=256, factor=factor)
     side = min(1024 // factor, patch * table)

@@ -1,13 +1,14 @@
 """Each batch is a function of its number, and conditions are dropped as guidance needs it."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
 from helpers import N, cifar10, identity, read_latents, write_latents
 
-from data.base import Data, seeded
+from data.base import Data, Dataset, seeded
 
 
 def test_a_batch_is_a_pure_function_of_its_numbers(cifar, tmp_path):
@@ -59,6 +60,23 @@ def test_a_spec_survives_a_checkpoint(tmp_path, cifar):
     for dataset in (cifar, read_latents(write_latents(tmp_path / "latents"))):
         torch.save(dataset.spec(), tmp_path / "spec.pt")
         assert torch.load(tmp_path / "spec.pt", weights_only=True) == dataset.spec()
+
+
+def test_the_digest_of_large_data(tmp_path):
+    """A row that changes is seen, whichever it is. The file's time does not count, so that a copy
+    is the same data."""
+    path, seen = tmp_path / "x.npy", set()
+    shape = (200, 16, 128, 128)  # 100 MB, which the file system does not store
+    x0 = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    digest = lambda: Dataset(np.lib.format.open_memmap(path, "r")).digest
+    seen.add(digest())
+    for row in (1, 100, 199):
+        x0[row] = 1
+        x0.flush()
+        seen.add(digest())
+    assert len(seen) == 4
+    os.utime(path, (0, 0))
+    assert digest() in seen
 
 
 def test_seeds_do_not_collide():

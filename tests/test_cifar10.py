@@ -17,7 +17,7 @@ from data.pictures import to_uint8
 pytestmark = pytest.mark.usefixtures("few_records")
 
 
-def write_archive(folder: Path, monkeypatch, *extra: tarfile.TarInfo) -> Path:
+def write_archive(folder: Path, monkeypatch) -> Path:
     """An archive of the same files, whose checksum is taken for the official one."""
     path = folder / source.ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
@@ -25,8 +25,6 @@ def write_archive(folder: Path, monkeypatch, *extra: tarfile.TarInfo) -> Path:
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = len(raw)
             tar.addfile(member, io.BytesIO(raw))
-        for member in extra:
-            tar.addfile(member)
     monkeypatch.setattr(source, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
     return path
 
@@ -90,16 +88,6 @@ def test_an_archive_with_the_wrong_checksum_is_refused(tmp_path, monkeypatch):
     path = write_archive(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"has the MD5 \w{32}, not \w{32}"):
-        cifar10(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["/etc/data_batch_1.bin", "a/../../data_batch_1.bin", "link"])
-def test_a_member_that_points_outside_is_refused(tmp_path, monkeypatch, name):
-    member = tarfile.TarInfo(name)
-    if name == "link":
-        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    write_archive(tmp_path, monkeypatch, member)
-    with pytest.raises(ValueError, match=f"member '{name}' is a link or points outside"):
         cifar10(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Pictures become latents, whatever stops the command on its way; bad ones end in one line."""
 
 import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_encode_and_decode(tree, vae, tmp_path, encode):
     images = latents.decode(torch.tensor(stored.x0[:]), stored.meta, "cpu")
     assert images.shape == (10, 32, 32, 3) and images.dtype == np.uint8
     assert np.abs(images[2].astype(int) - to_uint8(again)[0]).max() <= 1
-    with pytest.raises(ValueError, match="holds latents already"):
+    with pytest.raises(ValueError, match=r"holds latents.npy, labels.npy, meta.json;"):
         encode(out=tmp_path / "latents")
 
 
@@ -106,6 +107,74 @@ def test_a_stopped_encode_goes_on(tmp_path, monkeypatch, encode, torn):
         assert (tmp_path / "stopped" / name).read_bytes() == (
             tmp_path / "whole" / name
         ).read_bytes()
+
+
+def test_pictures_that_were_replaced_are_encoded_again(tree, tmp_path, monkeypatch, encode):
+    """Stopped in the last of four batches; then a picture of the first has other pixels and the
+    same name."""
+    load, calls = encoding.load_image, []
+
+    def watched(path, size):
+        calls.append(path.name)
+        if path.name == "9.JPEG" and len(calls) <= 10:
+            raise KeyboardInterrupt
+        return load(path, size)
+
+    monkeypatch.setattr(encoding, "load_image", watched)
+    with pytest.raises(KeyboardInterrupt):
+        encode(out=tmp_path / "out")
+    picture = Image.open(tree / "cat/2.png").rotate(90)
+    picture.save(tree / "cat/2.png")
+    calls.clear()
+    calls.extend([""] * 10)
+    encode(out=tmp_path / "out")
+    assert {*calls[10:]} == {"0.JPEG", "2.png", "4.png", "9.JPEG"}
+    encode(out=tmp_path / "whole")
+    for name in ("latents.npy", "meta.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "meta.json", "null.npz", "pooled.npy"])
+def test_files_of_a_user_are_not_overwritten(tmp_path, encode, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"--out .* holds {name}; another --out keeps them"):
+        encode(out=tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and not [*tmp_path.glob("*.part")]
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_an_encode_that_was_stopped_while_it_named_its_files_goes_on(tmp_path, monkeypatch, done):
+    """Stopped before, between and after the renames of two arrays: no picture is encoded again."""
+    shapes, keys = {"latents": (2,), "context": (3,)}, np.arange(1, 5, dtype=np.uint64)
+    meta, null = {"vae": "v"}, {"context": torch.ones(1, 3)}
+    rows = [torch.full((4, n), float(n)) for n in (2, 3)]
+    encoding.begin(tmp_path, meta, null, [], shapes)
+    with encoding.open_parts(tmp_path, shapes, keys) as (_, write):
+        write(0, rows)
+    replace, unlink, calls = Path.replace, Path.unlink, []
+
+    def stopping(what):
+        def act(*args):
+            calls.append(1)
+            if len(calls) > done:
+                raise KeyboardInterrupt
+            what(*args)
+
+        return act
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopping(replace))
+        patch.setattr(Path, "unlink", stopping(unlink))
+        encoding.finish(tmp_path, shapes, keys)
+    with pytest.raises(ValueError, match="of other images, --size, --vae or --text"):
+        encoding.begin(tmp_path, {"vae": "w"}, null, [], shapes)
+    encoding.begin(tmp_path, meta, null, [], shapes)
+    with encoding.open_parts(tmp_path, shapes, keys) as (there, _):
+        assert there.all()
+    encoding.finish(tmp_path, shapes, keys)
+    for name, expected in zip(shapes, rows, strict=True):
+        assert (np.load(tmp_path / f"{name}.npy") == expected.numpy()).all()
+    assert not [*tmp_path.glob("*.part")]
 
 
 def test_ranks_encode_into_one_file(tmp_path, monkeypatch, encode):
@@ -170,7 +239,7 @@ def test_a_killed_rank_ends_the_encoding_which_goes_on(tree, tmp_path, monkeypat
     command = [*launch, tmp_path / "encode.py", *flags, "--out", out, "--device=cpu"]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = out / "rows.part"
-    while not rows.exists() or rows.read_bytes().count(1) < 9:
+    while not rows.exists() or np.count_nonzero(np.fromfile(rows, np.uint64)) < 9:
         assert job.poll() is None
         time.sleep(0.05)
     kill_a_rank(job)
@@ -231,6 +300,33 @@ def test_bad_input_of_encode(tree, vae, tmp_path, encode):
         encode(out=out)
 
 
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"scaling_factor": "word"}, "scaling 'word' is not a number from 1e-09"),
+        ({"scaling_factor": 0}, "scaling 0 is not a number"),
+        ({"scaling_factor": float("nan")}, "scaling nan is not a number"),
+        ({"shift_factor": "word"}, "shift 'word' is not a number"),
+    ],
+)
+def test_a_vae_of_no_good_scale_is_refused(tree, tmp_path, monkeypatch, changed, says):
+    model = Halved()
+    model.config = SimpleNamespace(**vars(model.config) | changed)
+    monkeypatch.setattr(encoding, "load_vae", lambda *args: model)
+    with pytest.raises(ValueError, match=f"halved is damaged or no VAE: {says}"):
+        encoding.encode(images=tree, out=tmp_path / "out", vae="halved", size=32, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_no_fault_of_a_picture(tmp_path, monkeypatch, encode):
+    def full(path, size):
+        raise MemoryError
+
+    monkeypatch.setattr(encoding, "load_image", full)
+    with pytest.raises(MemoryError):
+        encode(out=tmp_path / "out")
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="needs the optional package diffusers: pip install"):
@@ -263,19 +359,22 @@ def test_a_stopped_encode_of_captions_goes_on(
             raise KeyboardInterrupt
         return load(path, size)
 
-    load = encoding.load_image
+    captioned = shutil.copytree(captioned, tmp_path / "captioned")
+    (captioned / "0.txt").write_text("xyz")  # until it is stopped
+    load, out = encoding.load_image, tmp_path / "out"
     monkeypatch.setattr(encoding, "load_image", stop)
     with pytest.raises(KeyboardInterrupt):
-        tiny_sd3.encode_captioned(captioned, sd3_folder, tmp_path)
-    assert not (tmp_path / "latents.npy").exists()
-    with (tmp_path / "context.npy.part").open("ab") as file:
+        tiny_sd3.encode_captioned(captioned, sd3_folder, out)
+    assert not (out / "latents.npy").exists()
+    with (out / "context.npy.part").open("ab") as file:
         file.write(b"torn")
     with pytest.raises(ValueError, match="is of other images, --size, --vae or --text"):
-        tiny_sd3.encode_captioned(captioned, sd3_folder, tmp_path, no_t5=True)
+        tiny_sd3.encode_captioned(captioned, sd3_folder, out, no_t5=True)
     monkeypatch.setattr(encoding, "load_image", load)
-    tiny_sd3.encode_captioned(captioned, sd3_folder, tmp_path)
+    (captioned / "0.txt").write_text(tiny_sd3.CAPTIONS[0])
+    tiny_sd3.encode_captioned(captioned, sd3_folder, out)
     for name in ("latents", "context", "pooled"):
-        assert (tmp_path / f"{name}.npy").read_bytes() == (texts / f"{name}.npy").read_bytes()
+        assert (out / f"{name}.npy").read_bytes() == (texts / f"{name}.npy").read_bytes()
 
 
 def test_bad_captions_are_one_line(sd3_folder, captioned, tmp_path, monkeypatch, capsys):
@@ -294,18 +393,54 @@ def test_bad_captions_are_one_line(sd3_folder, captioned, tmp_path, monkeypatch,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("null", "the text None is not a str"),
+        ("3", "the text 3 is not a str"),
+        ('["a"]', "the text ['a'] is not a str"),
+        (r'"\ud800"', "surrogates not allowed"),
+    ],
+)
+def test_a_caption_is_text(tmp_path, text, says):
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a"}) for i in range(2)]
+    for i in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows).replace('"a"', text, 1))
+    with pytest.raises(ValueError, match=r"metadata.jsonl is damaged or no lines") as found:
+        encoding.find_images(tmp_path, True)
+    assert says in str(found.value)
+
+
+def test_a_caption_is_as_it_was_written(tmp_path):
+    """But for a byte order mark; whatever Unicode calls the end of a line is text, and there may be
+    empty lines. Hidden folders hold no pictures."""
+    captions = ["a\u2028b\x85c\x0cd", "e", "f"]
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(captions)]
+    rows = [json.dumps(row, ensure_ascii=False) for row in rows[:2]]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "\n\n".join(rows) + "\n", "utf-8")
+    (tmp_path / "2.txt").write_text("\ufefff\n", "utf-8")
+    for name in ("0.png", "1.png", "2.png", ".hidden/3.png", "k/.hidden/4.png", ".5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    files, texts = encoding.find_images(tmp_path, True)
+    assert texts == captions and [file.name for file in files] == ["0.png", "1.png", "2.png"]
+
+
 # ---- The command line
 
 
 def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     encode = f"--images {tmp_path} --out {tmp_path}/out --vae a/b"
-    for line in ("download", encode, f"{encode} --batch-size 0", "encode", ""):
+    limits = [f"{encode} {flag}" for flag in ("--batch-size 0", "--batch-size 4097", "--size 8193")]
+    for line in ("download", encode, *limits, "encode", ""):
         monkeypatch.setattr(sys, "argv", ["encode.py", *line.split()])
         with pytest.raises(SystemExit) as stopped:
             encoding.main()
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and "error: " in error
+        assert (line in limits) == ("is not a whole number from 1 to" in error)
 
 
 def test_the_command_runs_as_a_module():

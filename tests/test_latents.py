@@ -9,6 +9,7 @@ import torch
 from helpers import identity, read_latents, write_latents
 
 from data import latents as source
+from training.options import pick
 
 
 def test_latents_with_labels(tmp_path):
@@ -27,6 +28,7 @@ def test_latents_with_labels(tmp_path):
         "pooled": None,
         "meta": asdict(source.Meta(**meta)),
         "released": None,
+        "parts": None,
         "examples": 40,
         "digest": latents.spec()["digest"],
     }
@@ -57,6 +59,18 @@ def test_latents_with_text(tmp_path):
     assert (context.dtype, pooled.dtype) == (torch.float16, torch.float32)  # travel as stored
     assert latents.held_out(1)[1].dtype == torch.float32
     assert torch.equal(context[:, 0, 0] / 15, pooled[:, 0] / 2)  # rows belong together
+
+
+def test_what_is_dropped_together_is_in_the_spec(tmp_path):
+    """So a run goes on with its own parts only. A checkpoint of an older version has none."""
+    text, specs = {"labels": None, "context": CONTEXT, "pooled": POOLED}, []
+    for end in (1, 2):
+        parts = [[[0, [0, 3], [0, end]], [1, [0, end]]], [[0, [0, 3], [end, 5]]]]
+        specs.append(read_latents(write_latents(tmp_path, meta={"parts": parts}, **text)).spec())
+        assert specs[-1]["parts"] == parts
+    assert [key for key in specs[0] if specs[0][key] != specs[1][key]] == ["parts"]
+    del specs[0]["parts"]
+    assert pick(source.Latents.Spec, specs[0]).parts is None
 
 
 X0, LABELS = np.zeros((40, 4, 8, 6), np.float16), np.arange(40)
@@ -138,6 +152,18 @@ def test_latents_of_another_vae_are_not_decoded(vae):
         source.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": vae}, "cpu")
     with pytest.raises(ValueError, match="names no VAE"):
         source.decode(x0, {"scaling": 1.0, "shift": 0.0, "vae": None}, "cpu")
+
+
+@pytest.mark.parametrize("name", ["mine.png", "other.npz"])
+def test_latents_without_a_vae_overwrite_no_other_file(tmp_path, name):
+    (tmp_path / "mine.npz").write_text("unrelated")
+    x0, spec = torch.randn(2, 4, 4, 4), {"meta": None}
+    for _ in range(2):  # again, it is the same file
+        file = source.Latents.write(spec, tmp_path / name, x0)
+    assert {each.name for each in tmp_path.iterdir()} == {"mine.npz", file.name}
+    assert (tmp_path / "mine.npz").read_text() == "unrelated"
+    assert file.name == name.replace(".png", ".png.npz")
+    assert (np.load(file)["arr_0"] == x0.numpy()).all()
 
 
 def test_a_missing_package_is_named(monkeypatch):

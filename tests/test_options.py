@@ -1,10 +1,11 @@
 """What can be chosen, and the table of what data sets and students change in it."""
 
 import itertools
+import os
 
 import pytest
 
-from training.checkpoint import DATASETS
+from training.checkpoint import DATASETS, read
 from training.options import PRESETS, Recipe, preset
 
 OF_DATA = [f"{name}{more}" for name, more in itertools.product(DATASETS, ("", " student"))]
@@ -17,6 +18,13 @@ def test_every_preset_makes_a_recipe(words):
     assert changes and Recipe(**changes) != Recipe()
     changes["steps"] = -1
     assert preset(words) != changes
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero"])
+def test_what_never_ends_is_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=f"{name}: it is no regular file"):
+        read(tmp_path / name)
 
 
 def test_rows_of_the_table_add_up():

@@ -1,5 +1,6 @@
 """From a checkpoint to samples: the notebook's three lines and the command."""
 
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -130,6 +131,22 @@ def test_flags_that_do_not_go_together(finished, tmp_path, monkeypatch, capsys):
     ):
         done = in_process(sample.main, [checkpoint, *flags], tmp_path, monkeypatch, capsys)
         assert_one_line(done, says)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("prompts.txt", r"--prompt 'a\u2028b\x85c\x0cd': this model takes no text"),
+        ("pipe", "pipe: it is no regular file"),
+    ],
+)
+def test_a_prompt_ends_with_its_line(finished, tmp_path, monkeypatch, capsys, name, says):
+    """And not at what splits lines in Unicode; a byte order mark is no letter of it."""
+    (tmp_path / "prompts.txt").write_text("\ufeffa\u2028b\x85c\x0cd\n\n", encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    args = [finished[0] / "checkpoint.pt", "--prompts", name]
+    done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, says)
 
 
 def test_a_plugged_student_of_fixed_guidance_is_not_guided_again(finished, tmp_path):

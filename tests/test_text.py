@@ -1,12 +1,14 @@
 """SD3's encoders, against diffusers' pipeline: a tiny random one, see tiny_sd3.py."""
 
+import json
+import logging
 import shutil
 import sys
 
 import pytest
 import torch
 from helpers import assert_one_line, in_process
-from tiny_sd3 import LONG, PROMPTS, close
+from tiny_sd3 import LONG, PROMPTS, clip, close, t5
 
 import sample
 from sd3 import text
@@ -19,8 +21,7 @@ def test_encodings_equal_the_pipelines(sd3_folder, pipeline, monkeypatch, t5):
     if not t5:
         monkeypatch.setattr(pipeline, "text_encoder_3", None)
     encoder = text.load(sd3_folder, t5)
-    with pytest.warns(UserWarning, match="is cut to 77"):
-        context, pooled = encoder([*PROMPTS, LONG])
+    context, pooled = encoder([*PROMPTS, LONG])
     expected, _, expected_pooled, _ = pipeline.encode_prompt(
         [*PROMPTS, LONG], None, None, do_classifier_free_guidance=False
     )
@@ -69,6 +70,56 @@ def test_a_missing_part_is_named(sd3_folder, tmp_path, monkeypatch, capsys, part
     done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
     assert_one_line(done, f"has no {part}")
     assert ("--no-t5 does without" in done.stderr) == (part == "text_encoder_3")
+
+
+def test_prompts_that_are_cut_are_told_in_one_line(sd3_folder, capsys, caplog):
+    text.say_once.cache_clear()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    text.load(sd3_folder)([f"{letter} {LONG}" for letter in "abcdefghijklmnopqrst"])
+    logger.removeHandler(caplog.handler)
+    said = [line for line in capsys.readouterr() if line]
+    cut = "longer prompts are cut to 77 tokens, as the reference does"
+    assert said == [f"the text encoders: 0.0 GB on cpu\n{cut}\n"] and not caplog.records
+
+
+def damage(folder, what):
+    """Another encoder in the folder, or a tokenizer of another length."""
+    if isinstance(what, dict):
+        for part in ("tokenizer", "tokenizer_2"):
+            file = folder / part / "tokenizer_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | what))
+    else:
+        part, encoder = what
+        encoder().save_pretrained(folder / part)
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        (("text_encoder_3", lambda: t5(48)), "encoders of the widths [8, 12, 48] do not fit 40"),
+        (("text_encoder", lambda: clip(36, 6)), "encoders of the widths [36, 12, 40] do not fit"),
+        (("text_encoder", lambda: clip(8, 8)), "its CLIPs give 18 numbers, the model takes 16"),
+        (("text_encoder_2", lambda: clip(12, 10, 50)), "has the id 53, its encoder 50 of them"),
+        (("text_encoder_3", lambda: t5(40, 32)), "has the id 131, its encoder 32 of them"),
+        ({"model_max_length": 10**30}, "its CLIPs and their tokenizers take {"),
+        ({"model_max_length": -5}, "its CLIPs and their tokenizers take {"),
+        ({"model_max_length": 50}, "its CLIPs and their tokenizers take {"),
+        (None, "a prompt is no text: 'utf-8' codec can't encode character"),
+    ],
+    ids=str,
+)
+def test_encoders_fit_each_other_and_their_tokenizers(
+    sd3_folder, tmp_path, monkeypatch, capsys, what, says
+):
+    copy = shutil.copytree(sd3_folder, tmp_path / "sd3")
+    if what:
+        damage(copy, what)
+    capsys.readouterr()
+    prompt = "a cat" if what else "\ud800"
+    args = ["sd3", "--prompt", prompt, "--steps", 1, "--size", 16]
+    assert_one_line(in_process(sample.main, args, tmp_path, monkeypatch, capsys), says)
+    assert [file.name for file in tmp_path.iterdir()] == ["sd3"]
 
 
 def test_a_missing_package_is_named(sd3_folder, tmp_path, monkeypatch, capsys):

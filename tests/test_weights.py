@@ -1,6 +1,7 @@
 """SD3 as released, against diffusers' pipeline: drawn from, fine-tuned and distilled by the
 commands. It is a tiny random one, see tiny_sd3.py."""
 
+import json
 import shutil
 import warnings
 
@@ -137,10 +138,55 @@ def test_files_that_are_no_safetensors_are_named(sd3_folder, tmp_path, monkeypat
     file.write_bytes(b"no weights")
     for args in (["sd3"], [file]):
         done = in_process(sample.main, [*args, "--prompt", "a"], tmp_path, monkeypatch, capsys)
-        assert_one_line(done, file.name, "is no safetensors file")
+        assert_one_line(done, file.name, "no safetensors file")
     file.unlink()
     done = in_process(sample.main, ["sd3", "--prompt", "a"], tmp_path, monkeypatch, capsys)
     assert_one_line(done, "has no .safetensors file")
+
+
+BIAS = "pos_embed.proj.bias"
+
+
+@pytest.mark.parametrize(
+    "key, change, says",
+    [
+        (BIAS, None, "no transformer of an SD3: 'x_embedder.proj.bias'"),
+        (BIAS, lambda w: w[0], "proj is 128 wide, and its bias has the shape ()"),
+        (BIAS, lambda w: w[:64], "proj is 128 wide, and its bias has the shape (64,)"),
+        (BIAS, lambda w: w.clone().index_fill(0, torch.tensor([5]), torch.nan), "not finite"),
+        (BIAS, lambda w: w.to(torch.int8), "x_embedder.proj.bias holds torch.int8"),
+        ("transformer_blocks.1.ff.net.2.weight", lambda w: w > 0, "fc2.weight holds torch.bool"),
+    ],
+)
+def test_damaged_weights_are_named(sd3_folder, tmp_path, monkeypatch, capsys, key, change, says):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(sd3_folder, tmp_path / "sd3")
+    file = next((copy / "transformer").glob("*.safetensors"))
+    state = load_file(file)
+    weight = state.pop(key)
+    save_file(state | ({key: change(weight)} if change else {}), file)
+    done = in_process(sample.main, ["sd3", "--prompt", "a"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, says)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"shift_factor": None}, "shift_factor None is not a number from"),
+        ({"scaling_factor": "word"}, "scaling_factor 'word' is not a number from"),
+        ({"scaling_factor": 0}, "scaling_factor 0 is not a number from"),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan is not a number from"),
+    ],
+)
+def test_a_vae_of_no_good_scale_is_refused_before_sampling(
+    sd3_folder, tmp_path, monkeypatch, capsys, changed, says
+):
+    copy = shutil.copytree(sd3_folder, tmp_path / "sd3")
+    file = copy / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    done = in_process(sample.main, ["sd3", "--prompt", "a"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "vae/config.json", says)
 
 
 # ---- captioned pictures: learned, fine-tuned and distilled

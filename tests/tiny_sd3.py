@@ -62,10 +62,15 @@ def clip(width, projected, tokens=54):
     return transformers.CLIPTextModelWithProjection(config)
 
 
+def t5(width, tokens=132):
+    """As many tokens as its tokenizer, which has 100 more than those above."""
+    how = dict(vocab_size=tokens, d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(transformers.T5Config(**how))
+
+
 def write_sd3(place):
     """A released SD3 in diffusers' layout, of depth 2 and with every weight random: its folder."""
     torch.manual_seed(0)
-    t5 = dict(vocab_size=32, d_model=40, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     network = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
         attention_head_dim=64, num_attention_heads=2, joint_attention_dim=40,
@@ -84,7 +89,7 @@ def write_sd3(place):
         tokenizer=clip_tokenizer(place / "1", pad_token="<|endoftext|>"), text_encoder=clip(8, 6),
         tokenizer_2=clip_tokenizer(place / "2", pad_token="a"), text_encoder_2=clip(12, 10),
         tokenizer_3=t5_tokenizer(place / "3"),
-        text_encoder_3=transformers.T5EncoderModel(transformers.T5Config(**t5)),
+        text_encoder_3=t5(40),
     )  # fmt: skip
     pipeline.save_pretrained(place / "folder")
     return place / "folder"

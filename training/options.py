@@ -175,8 +175,11 @@ def parse(expected: Any, bounds: Sequence[float], text: str) -> Any:
 
 @contextlib.contextmanager
 def reading(path: Any, content: str) -> Iterator[None]:
-    """Any error while a user's file is read, of many types, becomes an InputError of one line."""
+    """Any error while a user's file is read, of many types, becomes an InputError of one line. A
+    pipe or a device, of which a read may not end, is not read."""
     try:
+        if File(path).exists() and not (File(path).is_file() or File(path).is_dir()):
+            raise OSError("it is no regular file")
         yield
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
