@@ -18,7 +18,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import that is cut short
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as File
@@ -35,6 +34,7 @@ from perflow import plug
 from rf import SOLVERS, Field, InputError, guide
 from sd3 import weights
 from training.checkpoint import DATASETS, OBJECTIVES, load_weights, objective_of, read
+from training.folder import half_of
 from training.options import Count, Recipe, command, names, pick, reading
 from training.ranks import autocast, check_device, check_memory
 
@@ -189,7 +189,7 @@ def run(
     label: Annotated[int | None, "class of a conditional model (default: all classes)"] = None,
     condition: Annotated[float | None, "the number that a model is conditioned on"] = None,
     plug: Annotated[str | None, "add this delta.pt of a PeRFlow student to the weights"] = None,
-    seed: Annotated[int, "of the starting noise"] = 0,
+    seed: Annotated[int, "of the starting noise", -(2**31), 2**31 - 1] = 0,
     data: Annotated[str | None, "a folder of latents whose held-out texts are drawn"] = None,
     out: Annotated[File, "a .png picture or an .npz of arrays"] = File("samples.png"),
     device: Annotated[str | None, "cpu, cuda, cuda:1, mps (default: cuda if there)"] = None,
@@ -198,8 +198,11 @@ def run(
 ) -> None:
     if out.suffix not in (".png", ".npz"):
         raise InputError(f"--out {out} must end in .png or .npz")
-    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):
-        raise InputError(f"--out {out}: {out.parent} is not writable")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder")
+    if out.parent.is_dir():  # an error now, and not after sampling
+        half_of(out).touch()
+        half_of(out).unlink()
     where, texts = check_device(device), list(prompt or [])
     if prompts:
         with reading(prompts, "text"):

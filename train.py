@@ -39,9 +39,9 @@ from rf import Field, InputError
 from sample import Sampler
 from training import ranks as parallel
 from training.checkpoint import DATASETS, load_weights, objective_of, save, start_from
-from training.configure import configure, make_parser
+from training.configure import configure, make_parser, resume_command
 from training.folder import Run, training_flops
-from training.options import Recipe, pick, reading
+from training.options import Recipe, pick, reading, say
 
 
 # ---- The batches: (z_in, t, target, *cond), a pure function of (seed, block of steps, micro-batch)
@@ -205,7 +205,7 @@ def evaluate(sampler: Sampler, data, held_out: Sequence[Tensor], preview: File |
 
 # ---- The command: configuration, data, objective, network, state, loop, report
 def main() -> None:
-    parser = make_parser(__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     given = parser.given()
     with parser.one_line_errors(), contextlib.ExitStack() as held:
         outcome = launch(given, held)
@@ -242,6 +242,9 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
         raise InputError(f"--batch-size {recipe.batch_size} is no multiple of {of}")
     # network
     parallel.join(device)
+    whole = config | {key: given.get(key) for key in ("shard", "no_report", "resume")}
+    whole["step"] = checkpoint and checkpoint["step"]
+    parallel.agree({key: whole[key] for key in whole.keys() - {"data", "download", "teacher"}})
     torch.manual_seed(recipe.seed)
     build = lambda: data_set.network(config["spec"], recipe)
     shard = partial(parallel.sharded, build, device, recipe.precision == "bf16")
@@ -282,8 +285,7 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     torch.set_num_threads(threads)
     # report
     if isinstance(outcome, int) and run.rank == 0:
-        again = f"python train.py --dataset {config['dataset']} --resume --out {out}"
-        print(f"stopped; saved step {state.step}. Go on with: {again}")
+        print(f"stopped; saved step {state.step}. Go on with: {resume_command(given, config, out)}")
     if run.calls and not outcome:
         with run.shown() as folder:
             report(sampler, None if given.get("no_report") else data, teacher, folder)
@@ -306,7 +308,7 @@ def report(sampler: Sampler, data, teacher: Sampler | None, out: File) -> None:
             ratio = perflow.norm(delta) / perflow.norm(weights)
             print(f"{out}/delta.pt: |Delta W|/|W| = {ratio:.3f}")
     if data:
-        print("trained; now sampling, measuring and drawing", flush=True)  # minutes for an MM-DiT
+        say("trained; now sampling, measuring and drawing")  # minutes for an MM-DiT
         data.report(sampler, out, teacher)
     print(f"next: python sample.py {out}/checkpoint.pt{steps} --out samples.png")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.networks import NETWORKS
 from data.pictures import draw_sheet, to_uint8
 from rf import Formulation, InputError, Rows, expand, needed
+from training.folder import written
 from training.options import Count
 
 NOISE, FLIPS, DATA, HELD_OUT = range(4)  # what is drawn; each has separate generators
@@ -162,6 +163,8 @@ class Data:
     def conditions(cls, spec: dict, n: int, label=None, data=None, generator=None) -> list[Tensor]:
         """The conditions of n samples: one label, all labels in turn, or none without classes.
         --condition gives a float label; data is a folder of conditions."""
+        if data:
+            raise InputError(f"--data {data}: this model takes no conditions from a folder")
         classes = spec["classes"]
         if isinstance(label, float):
             raise InputError(f"--condition {label:g}: this model is not conditioned on a number")
@@ -297,7 +300,8 @@ class Dataset(Data):
             name = file.name.removesuffix(".npz")  # x.png.npz for x.png: an x.npz may be another's
             images, file = x0.numpy(), file.with_name(f"{name}.npz")
         if file.suffix == ".npz":
-            np.savez(file, images, *(c.numpy() for c in cond))
+            with written(file) as whole:
+                np.savez(whole, images, *(c.numpy() for c in cond))
             return file
         if spec["classes"] and cond:
             images = images[cond[0].argsort(stable=True)]
@@ -305,7 +309,8 @@ class Dataset(Data):
             if 1 < len(labels) <= 10 and len(counts.unique()) == 1:
                 columns = counts[0].item()
                 names = [spec["names"][k] if spec["names"] else str(k) for k in labels.tolist()]
-        draw_sheet(images, columns, names).save(file)
+        with written(file) as whole:
+            draw_sheet(images, columns, names).save(whole, "PNG")
         return file
 
     # ---- What a run shows

@@ -21,6 +21,7 @@ from torch import Tensor
 from data.base import HELD_OUT, Data, has_truth, seeded, validation
 from data.pictures import draw_captioned, to_uint8
 from rf import Field, InputError, Pair, Path, expand
+from training.folder import written
 from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
@@ -285,6 +286,8 @@ class Shapes(Data):
 
     @classmethod
     def encode(cls, spec, prompts, device="cpu", t5=True):
+        if not t5:
+            raise InputError("--no-t5 is for a model with SD3's text encoders")
         return conditions_of(torch.tensor([row_of(prompt) for prompt in prompts])), None
 
     @classmethod
@@ -301,14 +304,16 @@ class Shapes(Data):
         """Write pictures over their captions and what the reader sees (.png), or arrays (.npz)."""
         images = to_uint8(x0)
         if file.suffix == ".npz":
-            np.savez(file, images, *(c.numpy() for c in cond))
+            with written(file) as whole:
+                np.savez(whole, images, *(c.numpy() for c in cond))
             return file
         lines, known = [], [*CAPTIONS]
         for row, seen in zip(rows_of(cond[0]).tolist(), read(x0), strict=True):
             right = CAPTIONS[known[row]] == CAPTIONS[seen]
             new = " (unseen pair)" if NEW[row] else ""
             lines.append(f"{known[row]}{new}\n{'right' if right else f'read as: {seen}'}")
-        draw_captioned(images, lines).save(file)
+        with written(file) as whole:
+            draw_captioned(images, lines).save(whole, "PNG")
         return file
 
     # ---- What a run shows

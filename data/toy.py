@@ -18,6 +18,7 @@ from data import pictures
 from data.base import DATA, Data, has_truth, seeded
 from rf import RectifiedFlow, solve
 from toy2d import GaussianMixture, load_mixture, reference, relative_excess, yardsticks
+from training.folder import written
 
 
 def number(value: float, form: str) -> str:
@@ -80,8 +81,8 @@ class Toy(Data):
     @classmethod
     def conditions(cls, spec, n, label=None, data=None, generator=None):
         """One label, or labels that are as frequent as their modes."""
-        if label is not None or not spec["classes"]:
-            return super().conditions(spec, n, label)
+        if label is not None or data or not spec["classes"]:
+            return super().conditions(spec, n, label, data)
         return [GaussianMixture(**spec["mixture"]).sample(n, generator)[1]]
 
     @classmethod
@@ -89,14 +90,17 @@ class Toy(Data):
         """Write a .png or .npz. Print the metrics, with the exact field's from the same noise."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
         if file.suffix == ".npz":
-            np.savez(file, x0.numpy(), *(c.numpy() for c in labels))
+            with written(file) as whole:
+                np.savez(whole, x0.numpy(), *(c.numpy() for c in labels))
         if labels and len(labels[0].unique()) == 1:
             mixture, labels = mixture.component(labels[0][0].item()), ()
         noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
         data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
         if file.suffix == ".png":
             colours, truth = pictures.hues(noise[:2000]), data[: min(n, 2000)]
-            pictures.draw_samples(scene(mixture), x0[:2000], truth, colours).save(file)
+            picture = pictures.draw_samples(scene(mixture), x0[:2000], truth, colours)
+            with written(file) as whole:
+                picture.save(whole, "PNG")
         if n > 1:
             cond = [c[: len(noise)] for c in labels]
             exact = solve(mixture.field(RectifiedFlow()), noise, *cond, steps=50, method="heun")

@@ -31,7 +31,7 @@ def read_weights(path: File) -> dict[str, Tensor]:
 
 def latent_size(spec: dict, pixels: int) -> int:
     """The latent's side for pictures of this size. ValueError where it does not fit the model."""
-    factor, network = (spec["meta"] or {}).get("factor"), spec.get("released")
+    factor, network = (spec.get("meta") or {}).get("factor"), spec.get("released")
     if not factor or not network:
         raise InputError(f"--size {pixels}: only a released SD3 draws in other sizes")
     patch = factor * network["patch_size"]  # in pixels

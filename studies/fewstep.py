@@ -21,7 +21,7 @@ from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
 from studies.runs import learned, markdown, mean_and_error, run_file, run_missing
 from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
-from training.options import Count, Recipe, command, preset
+from training.options import Count, Recipe, command, preset, reading
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of a method's rate
 UNTRAINED = {"Euler (DDIM)": ("euler", 1), "Heun": ("heun", 1), "RK4": ("rk4", 1)}
@@ -43,7 +43,8 @@ def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     if not file.exists():
         save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)
-    load_weights(network, torch.load(file, weights_only=True), file)
+    with reading(file, "teacher of this study"):
+        load_weights(network, torch.load(file, weights_only=True), file)
     return Sampler(network, formulation(recipe.formulation), vars(recipe) | {"spec": data.spec()})
 
 

@@ -41,11 +41,23 @@ def run_file(out: File, job: Sequence) -> File:
     return out / f"{quote('-'.join(map(str, job)), safe='(),')}.json"
 
 
-def read_run(file: File, keys) -> dict:
-    with reading(file, "run of this study"):
+def of_numbers(value) -> bool:
+    """Whether a value of JSON has nothing else in its lists and dicts."""
+    parts = [*value.values()] if isinstance(value, dict) else value
+    return all(map(of_numbers, parts)) if isinstance(parts, list) else type(value) in (int, float)
+
+
+def read_run(out: File, job: Sequence, keys) -> dict:
+    """The run of this job. InputError where its file is another's, or holds what no run has."""
+    with reading(file := run_file(out, job), "run of this study"):
         run = json.loads(file.read_text())
         if missing := {"job", "steps", *keys} - dict(run).keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
+        if run["job"] != [*job]:
+            raise ValueError(f"it is of the job {run['job']}")
+        for key in ("steps", *keys):
+            if run[key] not in job and not of_numbers(run[key]):
+                raise ValueError(f"{key} is not of numbers")
     return run
 
 
@@ -66,7 +78,7 @@ def run_missing(out: File, jobs: list[tuple], work: Callable, steps: int, keys) 
     and written there. ValueError where a file is damaged or of other steps."""
     out.mkdir(parents=True, exist_ok=True)
     missing = [job for job in jobs if not run_file(out, job).exists()]
-    present = [read_run(run_file(out, job), keys) for job in {*jobs} - {*missing}]
+    present = [read_run(out, job, keys) for job in {*jobs} - {*missing}]
     if other := {run["steps"] for run in present} - {steps}:
         raise InputError(f"--out {out} holds runs of {min(other)} steps, not {steps}")
     # on Ctrl-C or a failed run the pool ends its workers; the files of finished runs stay
@@ -78,7 +90,7 @@ def run_missing(out: File, jobs: list[tuple], work: Callable, steps: int, keys) 
             half = file.with_suffix(f".{os.getpid()}.tmp")
             half.write_text(json.dumps(run))
             half.replace(file)
-    return [read_run(run_file(out, job), keys) for job in jobs]
+    return [read_run(out, job, keys) for job in jobs]
 
 
 def mean_and_error(values: Sequence[float], form: str) -> str:

@@ -2,6 +2,7 @@
 
 Ranks are forked: the imports of torchrun's would take longer than the runs."""
 
+import contextlib
 import functools
 import os
 import socket
@@ -44,22 +45,38 @@ def stages(latents: str, out: Path) -> list[list]:
     distil = ["--perflow", out / "ddp6" / "checkpoint.pt", "--data", latents, "--shard"]
     distil += ["--windows", 2, "--evaluations", 4, "--batch-size", 24, *at("student", 1)]
     bf16 = "--precision", "bf16"
+    other = [*new, "--lr", "RANK", "--depth", "RANK", *at("refused", 10**9)]
     return [
-        [2, deep("ddp", "--compile"), deep("whole", "--shard"), six("ddp6", 20),
+        [2, other, deep("ddp", "--compile"), deep("whole", "--shard"), six("ddp6", 20),
          deep("ddp16", *bf16), deep("whole16", *bf16, "--shard"), six("handed", 5, "--shard"),
          distil],
-        [3, again(10, "--accumulate", 2, "--shard")],
-        [1, again(20, "--accumulate", 6), deep("alone", "--accumulate", 2)],
+        [3, again(10, "--shard")],
+        [1, again(20), deep("alone", "--accumulate", 2)],
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def refused(file: Path, expected: bool):
+    """What a run says that ends with an error, where ranks were started with different flags."""
+    if not expected:
+        yield
+        return
+    with file.open("w") as told, contextlib.redirect_stderr(told):
+        try:
+            yield
+        except SystemExit as end:
+            told.write(f"exit {end.code}\n")
+
+
 def main() -> None:
+    out = Path(sys.argv[2])
+    out.mkdir()
     quick(Latents, eps=1e-8, save_every=20)
     data.networks.CHECKPOINTED = 1
     join, leave = parallel.join, parallel.leave  # one group for all runs of a stage
     parallel.join = lambda device: dist.is_initialized() or join(device)
     parallel.leave = lambda: None
-    for world, *runs in stages(sys.argv[1], Path(sys.argv[2])):
+    for world, *runs in stages(sys.argv[1], out):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -73,8 +90,9 @@ def main() -> None:
             os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
             try:
                 for run in runs:
-                    sys.argv = ["train.py", *map(str, run)]
-                    train.main()
+                    sys.argv = ["train.py", *(str(1 + rank if x == "RANK" else x) for x in run)]
+                    with refused(out / f"refused-{rank}.txt", "RANK" in run):
+                        train.main()
                 leave()
             except BaseException:
                 traceback.print_exc()

@@ -17,7 +17,8 @@ from data.latents import Latents
 from data.toy import Toy
 from perflow import PeRFlow
 from rf import formulation
-from training.configure import compose, configure, make_parser
+from training.checkpoint import save
+from training.configure import compose, configure, make_parser, resume_command
 from training.options import PRESETS, Recipe, preset
 
 # ---- bad input: status 2 and one line that names the value and the choices
@@ -29,8 +30,14 @@ BAD_TRAIN = [
     (["--formulation", "rf/mode(3)"], ["1.7519", "s = 3"]),
     (["--mixture", "rong"], ["'rong'", "ring, grid, spiral"]),
     (["--mixture", "none.json"], ["none.json", "No such file"]),
-    (["--steps", "0"], ["--steps", "at least 1"]),
-    (["--steps", "-5"], ["--steps", "at least 1"]),
+    (["--steps", "0"], ["--steps: 0", "from 1 to 1,000,000,000"]),
+    (["--steps", "-5"], ["--steps: -5", "from 1 to 1,000,000,000"]),
+    (["--steps", "2000000000"], ["--steps", "from 1 to 1,000,000,000"]),
+    (["--accumulate", "0"], ["--accumulate: 0", "at least 1"]),
+    (["--seed", "4294967296"], ["--seed", "from -2,147,483,648 to 2,147,483,647"]),
+    (["--init", ""], ["--init is empty"]),
+    (["--perflow", ""], ["--perflow is empty"]),
+    (["--out", ""], ["--out: the path is empty"]),
     (["--batch-size", "0"], ["--batch-size: 0", "from 1 to 65,536"]),
     (["--lr", "nan"], ["--lr: nan"]),
     (["--lr", "-1"], ["--lr: -1"]),
@@ -125,6 +132,46 @@ def test_a_start_may_have_other_data_of_the_same_shape_and_not_another_network(
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--mixture", "turned.json"])
     train.main()
     assert sample.load(tmp_path / "runs/toy2d/checkpoint.pt").config["mixture"] == turned
+
+
+# ---- ranks: a run goes on with the micro-batches that it began with
+
+
+def test_a_resumed_run_keeps_its_micro_batches(finished, tmp_path, monkeypatch):
+    """It had two, of two ranks: one rank accumulates twice, two do not; three cannot share them,
+    nor can another --accumulate. An older checkpoint does not know."""
+    content = sample.read(finished[0] / "checkpoint.pt")
+    assert content["config"]["micro_batches"] == 1
+    out = tmp_path / "run"
+    out.mkdir()
+    resumed = lambda **flags: composed(out, resume=True, **flags)
+    for micros in (2, None):
+        content["config"]["micro_batches"] = micros
+        save(out / "checkpoint.pt", content)
+        for world, given, accumulate in ((1, {}, 2), (2, {}, 1), (1, {"accumulate": 2}, 2)):
+            monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", str(world))
+            config = resumed(**given)
+            expected = accumulate if micros else given.get("accumulate", 1)
+            assert config["accumulate"] == expected and config["micro_batches"] == expected * world
+    content["config"]["micro_batches"] = 2
+    save(out / "checkpoint.pt", content)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 ranks with --accumulate 2 cannot go on"):
+        resumed(accumulate=2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 ranks cannot go on with a run of 2 micro-batches a st"):
+        resumed()
+
+
+def test_the_resume_command_is_the_one_that_ran(monkeypatch):
+    told = lambda given: resume_command(given, dict(dataset="toy2d"), Path("runs/x"))
+    end = "train.py --dataset toy2d --resume --out runs/x"
+    assert told({"steps": 3, "out": "runs/x"}) == f"python {end}"
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "4")
+    given = dict(shard=True, no_report=True, device="cpu")
+    assert told(given) == f"torchrun --nproc_per_node 4 {end} --shard --no-report --device cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert told({}) == f"torchrun --nproc_per_node 2 {end}"
 
 
 # ---- what a start keeps, and where the values come from

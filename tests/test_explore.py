@@ -208,11 +208,21 @@ def test_a_mode_is_dragged_added_and_removed(page):
     mouse(type="mouseReleased", clickCount=1, **at(0.5, 0.25))
     assert means()[0] == pytest.approx([0.5, 0.25], abs=0.01)
     assert page.js("document.getElementById('mixture').value") == "your own"
+    for place in ((9, 9), (0.5, 0.25)):  # dragged away, it stays where it can be taken again
+        at_rim = lambda x: max(-2.6, min(2.6, x))
+        mouse(type="mousePressed", clickCount=1, buttons=1, **at(*map(at_rim, means()[0])))
+        mouse(type="mouseMoved", buttons=1, **at(*place))
+        mouse(type="mouseReleased", clickCount=1, **at(*place))
+        assert means()[0] == pytest.approx([*map(lambda x: min(x, 2.6), place)], abs=0.01)
     for count in (9, 8):
         for clicks in (1, 2):
             mouse(type="mousePressed", clickCount=clicks, buttons=1, **at(-0.2, -0.1))
             mouse(type="mouseReleased", clickCount=clicks, **at(-0.2, -0.1))
         assert len(means()) == count
+    more = "for (let i = 8; i < 59; i++) means.push([0, 0]), covs.push(covs[0]), weights.push(1);"
+    page.js(f"(({{means, covs, weights}}) => {{ {more} }})(flow.state.mixture)")
+    page.js("for (let i = 0; i < 3; i++) scene.onkeydown(new KeyboardEvent('keydown', {key: 'a'}))")
+    assert len(means()) == 60
 
 
 @needed

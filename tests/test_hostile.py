@@ -1,12 +1,27 @@
-"""What a hostile campaign found, one test a find: nothing mixes, nothing lies, nothing tracebacks.
+"""What two hostile campaigns found, one test a find: nothing mixes, nothing lies, no tracebacks.
 
 The tests here try a few of each; `pytest -m slow tests/test_hostile.py` tries as many as the table
-says, and loses none. (A loss is a traceback, or a damaged file that is taken for a whole one.)"""
+says, and loses none. (A loss is a traceback, or a damaged file that is taken for a whole one.)
+
+The second campaign's finds, and where their tests are:
+
+    ranks with different flags; another number of ranks    test_ranks, test_configure
+    a full disk, an impossible --out, closed streams, ASCII, -OO    here, 12.
+    encodings that were killed, other images, one's own files; captions; sizes    test_encode
+    changed rows and parts of latents; a VAE that is not there    test_base, test_latents
+    encoders, tokenizers, weights and factors of a released SD3    test_text, test_weights
+    flags without effect, numbers that wrap around, empty values    test_configure, test_sample
+    runs of another job, damaged teachers of a study    test_studies
+    pipes instead of files    here, 12., and test_encode
+    a mode that is dragged away    test_explore
+"""
 
 import contextlib
 import json
+import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -518,11 +533,12 @@ def signalled(tmp_path_factory):
     return [*zip(outs, run_together(*commands), strict=True)]
 
 
-def test_a_second_signal_ends_at_once_and_leaves_no_half_file(signalled):
+def test_a_second_signal_ends_at_once_and_the_next_run_removes_the_half_file(signalled):
     (out, done), _ = signalled
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
-    assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "log.jsonl"}
     assert sample.read(out / "checkpoint.pt")["step"] == 0
+    with folder.locked(out):
+        assert {file.name for file in out.iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
 
 def test_a_stop_waits_for_one_step_where_steps_are_long(signalled):
@@ -594,3 +610,100 @@ def test_a_file_system_without_locks_is_none_the_worse(tmp_path, monkeypatch):
     monkeypatch.setattr(folder.fcntl, "flock", flock)
     with folder.locked(tmp_path / "out"):
         assert (tmp_path / "out").is_dir()
+
+
+# ---- 12. The second campaign: disks, streams, names, pipes
+@contextlib.contextmanager
+def small_disk(limit):
+    """A file-size limit stands for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_a_full_disk_keeps_older_samples(name, finished, tmp_path, monkeypatch, capsys):
+    out, args = tmp_path / name, [finished[0] / "checkpoint.pt", "--num", 3000, "--steps", 1]
+    out.write_bytes(b"an older file")
+    with small_disk(2000):
+        done = in_process(sample.main, [*args, "--out", out], tmp_path, monkeypatch, capsys)
+    assert done.returncode == 2 and "error: [Errno 27] File too large" in done.stderr
+    assert out.read_bytes() == b"an older file" and [*tmp_path.iterdir()] == [out]
+
+
+def test_a_full_disk_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys, quick):
+    with small_disk(2000):
+        done = in_process(train.main, ["--out", "new"], tmp_path, monkeypatch, capsys)
+    assert done.returncode == 2 and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["folder.png", "x" * 250 + ".png", "link.png"])
+def test_an_impossible_out_is_told_before_sampling(name, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "x.png")
+    monkeypatch.setattr(sample.Sampler, "draw", None)
+    args = [finished[0] / "checkpoint.pt", "--out", name]
+    done = in_process(sample.main, args, tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "No such file" if name == "link.png" else name[:50])
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with folder.written(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_streams_that_are_closed_or_know_no_umlaut(finished, tmp_path):
+    """Real commands side by side: -OO, which strips docstrings; stderr closed from the start; a
+    reader of stdout that is gone; a name that ASCII has not."""
+    few = ["--steps", 25, "--batch-size", 8, "--no-report", "--out"]
+    shell = lambda line, *args: ["sh", "-c", line, *command(*args)]
+    optimized = command("--help")
+    optimized.insert(1, "-OO")
+    ascii_name = command(finished[0] / "checkpoint.pt", "--num", 5, "--steps", 1, "--out",
+                         tmp_path / "\u00fc.npz", script="sample.py")  # fmt: skip
+    # the report is one of few samples, in whose place stands a file
+    report = "import sys; sys.path.insert(0, {!r}); import data.toy, train, pathlib\n"
+    report += "data.toy.Toy.report = lambda data, model, out, teacher: (out / 'drawn').touch()\n"
+    piped = [sys.executable, "-c", report.format(str(ROOT)) + "train.main()", *map(str, few[:4])]
+    done = run_together(
+        optimized,
+        shell('exec "$0" "$@" 2>&-', *few, tmp_path / "closed"),
+        ["sh", "-c", '"$0" "$@" | true', *piped, "--out", tmp_path / "piped"],
+        ["env", "PYTHONIOENCODING=ascii", *ascii_name],
+    )
+    help_, closed, _, named = done
+    assert help_.returncode == 0 and "--formulation" in help_.stdout
+    assert (
+        closed.returncode == 0 and sample.read(tmp_path / "closed" / "checkpoint.pt")["step"] == 25
+    )
+    assert sample.read(tmp_path / "piped" / "checkpoint.pt")["step"] == 25
+    assert (tmp_path / "piped" / "drawn").exists()
+    assert (
+        named.returncode == 0 and "\\xfc.npz" in named.stdout and (tmp_path / "\u00fc.npz").exists()
+    )
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "x.pt")
+    done = in_process(sample.main, [tmp_path / "x.pt"], tmp_path, monkeypatch, capsys)
+    assert_one_line(done, "x.pt: it is no regular file")
+    assert_one_line(
+        in_process(sample.main, ["/dev/zero"], tmp_path, monkeypatch, capsys), "regular"
+    )
+
+
+@pytest.mark.parametrize("fault", [0.0, math.nan])
+def test_a_delta_that_is_not_finite_is_not_plugged(fault, finished, tmp_path):
+    checkpoint, file = sample.read(finished[0] / "checkpoint.pt"), tmp_path / "delta.pt"
+    student = dict(objective="perflow", teacher="x", **vars(PeRFlow.Options()))
+    delta = {key: w * 0 for key, w in checkpoint["ema"].items()}
+    next(iter(delta.values()))[0] = fault
+    save(file, dict(delta=delta, config=checkpoint["config"] | student))
+    says = pytest.raises(ValueError, match="no delta: it holds values that are not finite")
+    with says if fault else contextlib.nullcontext():
+        sample.plugged(sample.load(finished[0] / "checkpoint.pt"), file)

@@ -35,11 +35,17 @@ def differ(a, b):
 def test_shares_learn_what_replicas_learn(latents, tmp_path):
     """And one rank that accumulates: 20 steps with clipping and activation checkpointing, to the
     rounding of the gradient's norm, which in bf16 flips that of some weights. One run is begun by
-    two ranks, taken over by three and ended by one without --shard. A student learns, too."""
+    two ranks, taken over by three and ended by one without --shard. A student learns, too. Ranks
+    that were started with different flags do not begin."""
     script, shares = Path(__file__).parent / "ranks.py", tmp_path / "shares"
     command = [sys.executable, script, latents, shares]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-6000:]
+    for rank in range(2):
+        said, code = (shares / f"refused-{rank}.txt").read_text().splitlines()
+        assert code == "exit 2" and "error: the ranks were started with different" in said
+        assert "lr" in said and "depth" in said and "batch_size" not in said
+    assert not (shares / "refused" / "checkpoint.pt").exists()
     for name, same in (("alone", "ddp"), ("whole", "ddp"), ("handed", "ddp6")):
         assert losses(shares / name) == pytest.approx(losses(shares / same), rel=1e-6)
         assert differ(shares / name, shares / same) < 1e-5
@@ -68,7 +74,7 @@ def test_a_killed_rank_ends_the_job_which_resumes(
     kill_a_rank(job)
     step = sample.read(out / "checkpoint.pt")["step"]
     quick(Latents, monkeypatch.setattr)
-    run(monkeypatch, *flags, "--steps", step + 10, "--resume", "--accumulate", 2)
+    run(monkeypatch, *flags, "--steps", step + 10, "--resume")
     assert sample.read(out / "checkpoint.pt")["step"] == step + 10
 
 

@@ -15,7 +15,7 @@ from data.toy import Toy
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
-from studies import fewshapes, fewstep, rivals
+from studies import fewshapes, fewstep, rivals, runs
 from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
 from toy2d import load_mixture
 from training import options
@@ -319,7 +319,7 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
 
 
 def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(options.PRESETS, "toy2d", preset("toy2d") | dict(steps=30))
+    monkeypatch.setitem(options.PRESETS, "toy2d --network mlp", preset("toy2d") | dict(steps=30))
     monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
         energy=draw(normal(20)).mean().item(), outliers=0.5
     ))  # fmt: skip
@@ -331,6 +331,12 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
         "4",
         "8",
     ]
+    kept = tmp_path / "damaged-0.pt"
+    for content in (b"", {"input.weight": 3}, [1]):
+        torch.save(content, kept) if content else kept.write_bytes(content)
+        kept.replace(runs.run_file(tmp_path, ("grid", 0)).with_suffix(".pt"))
+        with pytest.raises(ValueError, match=r"grid-0.pt is damaged or no teacher of this study"):
+            fewstep.teacher_of("grid", 0, tmp_path)
     euler = fewstep.teacher_of("ring", 0, tmp_path).sample(normal(20), steps=8).mean().item()
     assert base["scores"]["Euler (DDIM)"]["8"]["energy"] == pytest.approx(euler, rel=1e-4)
     run = fewstep.trained("ring", "PeRFlow, K = 2", 1e-3, 0, 14, tmp_path)

@@ -128,6 +128,10 @@ def test_flags_that_do_not_go_together(finished, tmp_path, monkeypatch, capsys):
         (["--prompt", "a", "--prompt", "b", "--num", 1], "at least the number of prompts, 2"),
         (["--prompts", "none.txt"], "--prompts none.txt is empty"),
         (["--no-t5"], "--no-t5 is for a model that draws what a --prompt says"),
+        (["--size", 4], "--size 4: only a released SD3 draws in other sizes"),
+        (["--data", "x"], "--data x: this model takes no conditions from a folder"),
+        (["--seed", 2**32], "--seed: 4294967296 is not a whole number from"),
+        (["--prompt", "a ring"], "this model takes no text"),
     ):
         done = in_process(sample.main, [checkpoint, *flags], tmp_path, monkeypatch, capsys)
         assert_one_line(done, says)

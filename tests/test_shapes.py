@@ -447,6 +447,8 @@ def test_prompts_are_drawn_at_the_model_s_own_guidance(model, tmp_path, monkeypa
         (["--prompt", "a pink circle"], "unknown word 'pink'; the vocabulary is a, red"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--label", "1"], "--label 1: this model takes a --prompt"),
+        (["--data", "x"], "--data x: this model takes a --prompt"),
+        (["--prompt", "a red circle", "--no-t5"], "--no-t5 is for a model with SD3's text"),
     ],
     ids=" ".join,
 )

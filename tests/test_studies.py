@@ -1,5 +1,6 @@
 """The study's arithmetic on hand-made runs, its resume, and that its table comes from the files."""
 
+import contextlib
 import functools
 import json
 import math
@@ -23,7 +24,7 @@ from rf import STUDY, formulation
 from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
 from toy2d import load_mixture
 from train import State, train
-from training.options import PRESETS, Recipe, command
+from training.options import PRESETS, Recipe, command, preset
 
 
 def test_ranks_share_ties():
@@ -94,6 +95,26 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     assert made() == [run] and file.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"job": ["rf", "ring", 1]}, "it is of the job"),  # copied from another
+        ({"excess": "low"}, "excess is not of numbers"),
+        ({"curve": [[1, [2, None]]]}, "curve is not of numbers"),
+        ({"seen": {"right": True}}, "seen is not of numbers"),
+        ({"steps": "many"}, "steps is not of numbers"),
+        ({"name": "v/cos"}, "name is not of numbers"),  # of another job
+        ({}, None),
+    ],
+)
+def test_a_kept_run_is_its_jobs_and_of_numbers(change, says, tmp_path):
+    job, keys = ("rf", "ring", 0), {"name", "excess", "curve", "seen"}
+    run = dict(job=job, steps=7, name="rf", excess=0.1, curve=[[1, 2.0]], seen={"right": math.nan})
+    runs.run_file(tmp_path, job).write_text(json.dumps(run | change))
+    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+        runs.run_missing(tmp_path, [job], None, 7, keys)
+
+
 def test_file_names_of_all_formulations_differ(tmp_path):
     assert len({runs.run_file(tmp_path, (name, "ring", 0)) for name in STUDY}) == 61
 
@@ -147,7 +168,7 @@ def test_delta_fine_tunes_from_the_teacher(finished, monkeypatch):
 def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     """With little of everything: the numbers are there and the student is another network."""
     reference = toy2d.reference
-    monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"steps": 100})
+    monkeypatch.setitem(PRESETS, "toy2d --network mlp", preset("toy2d") | {"steps": 100})
     monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
     monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
     run = delta.trained("ring", 0, steps=20)

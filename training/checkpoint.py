@@ -4,7 +4,6 @@ A checkpoint is written whole or not at all. It is read with doubt, like a stude
 pickle in it is run, and nothing of its sizes is allocated before they are checked.
 Read next: `training/folder.py`, where a run writes it."""
 
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -23,14 +22,16 @@ from data.shapes import Shapes
 from data.toy import Toy
 from perflow import PeRFlow, same_network
 from rf import InputError, formulation
-from training.options import Recipe, misfit, names, pick, reading
+from training.folder import written
+from training.options import Count, Recipe, misfit, names, pick, reading
 from training.ranks import ranks, share, whole
 
 # The tables of names: classes with the methods of `data.base.Data`, and with those of `PeRFlow`
 DATASETS = {"toy2d": Toy, "shapes": Shapes, "cifar10": Cifar10, "latents": Latents}
 OBJECTIVES = {"perflow": PeRFlow}
 # A configuration holds these beside a `Recipe` and the `Options` of both
-CONFIG = {"dataset", "objective", "spec", "teacher", "teacher_digest"}
+CONFIG = {"dataset", "objective", "spec", "teacher", "teacher_digest", "micro_batches"}
+NEWER = {"teacher_digest", "micro_batches"}  # which an older one lacks
 
 
 def objective_of(config: dict, guided: Callable | None = None):
@@ -43,19 +44,12 @@ def objective_of(config: dict, guided: Callable | None = None):
 
 
 def save(path: str | File, content: dict) -> None:
-    """Write beside the old file, flush to the disk, rename: there is always a whole file."""
-    path = File(path)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    """There is always a whole file. OSError on a full disk."""
     try:
-        with temporary.open("wb") as file:
+        with written(File(path)) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except RuntimeError as error:  # torch.save raises it on a full disk
         raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | File, expected: str = "checkpoint") -> dict:
@@ -72,7 +66,7 @@ def read(path: str | File, expected: str = "checkpoint") -> dict:
         present = content.keys() if isinstance(content, dict) else set()
         if missing := (keys | {"config"}) - present:
             raise ValueError(f"no {', '.join(sorted(missing))}")
-        if missing := CONFIG - content["config"].keys() - {"teacher_digest"}:
+        if missing := CONFIG - content["config"].keys() - NEWER:
             raise ValueError(f"it is of an older version: no {', '.join(sorted(missing))}")
         check(content, expected)
     return content
@@ -82,8 +76,9 @@ def check(content: dict, expected: str) -> None:
     """An error of any type on what `configure.py` never makes. It allocates no such sizes. What a
     newer version has learned to choose gets its default."""
     config, known = content["config"], names(Recipe) | CONFIG
-    if fault := misfit(config["teacher"], str | None):
-        raise ValueError(f"teacher {fault}")
+    for key, kind in (("teacher", str | None), ("micro_batches", Count | None)):
+        if fault := misfit(config.setdefault(key, None), kind):
+            raise ValueError(f"{key} {fault}")
     for key, table in (("dataset", DATASETS), ("objective", OBJECTIVES)):
         if config[key] not in (None, *table):
             raise ValueError(f"unknown {key} {config[key]!r}; known are {', '.join(table)}")
@@ -100,6 +95,8 @@ def check(content: dict, expected: str) -> None:
     if expected == "delta":
         if not config["objective"]:
             raise ValueError("it is of no student")
+        if not all(w.isfinite().all() for w in content["delta"].values()):
+            raise ValueError("it holds values that are not finite")
     elif fault := misfit(content["step"], Annotated[int, "", 0, recipe.steps]):
         raise ValueError(f"step {fault}")
     elif fault := misfit(content.get("losses", []), list[float]):

@@ -6,16 +6,18 @@ or the model to fine-tune; flags come last. Read next: `training/checkpoint.py`.
 import argparse
 import contextlib
 import itertools
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path as File
 
 from data.networks import NETWORKS
 from rf import InputError
 from training.checkpoint import DATASETS, OBJECTIVES, digest, read
 from training.folder import locked
-from training.options import PRESETS, Parser, Recipe, names, pick, preset
+from training.options import PRESETS, Parser, Recipe, names, parse, pick, preset
 from training.ranks import ranks
 
 MAY_CHANGE = {"steps", "accumulate", "compile", "data", "download"}  # when a run is resumed
@@ -29,7 +31,7 @@ def make_parser(description: str) -> Parser:
     lines = [wrap(f"{row}: {said(values)}") for row, values in rows.items()]
     epilog = "\n".join(["defaults, and what a data set, an option or a student changes:", *lines])
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(None, None, description, epilog, [], layout)
+    parser = Parser(description=description, epilog=epilog, formatter_class=layout)
     add = parser.add_argument
     add("--dataset", help=f"one of {', '.join(DATASETS)} (default: toy2d)")
     for name, objective in OBJECTIVES.items():
@@ -39,7 +41,11 @@ def make_parser(description: str) -> Parser:
             add(f"--{name}", action="store_const", const=True, help=f"learn by {name}")
     add("--network", help=f"one of {', '.join(NETWORKS)} (default: toy2d mlp, else mmdit)")
     add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
-    add("--out", type=File, help="the run's folder (default: runs/DATASET, numbered if taken)")
+    add(
+        "--out",
+        type=partial(parse, File, ()),
+        help="the run's folder (default: runs/DATASET, numbered if taken)",
+    )
     add("--resume", action="store_true", help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--shard", action="store_true", help="torchrun's ranks share weights and optimizer (FSDP2)")
@@ -93,10 +99,32 @@ def configure(given: dict, held: contextlib.ExitStack, load: Callable) -> tuple:
         if teacher and not start:
             start = load(teacher, given.get("device"))
     config = compose(flags, data_set, objective, known, origin, resume)
+    before = checkpoint["config"].get("micro_batches") if checkpoint else None
+    config |= shared_out(config["accumulate"], "accumulate" in flags, before)
     weights = digest(start.network) if teacher else None
     if resume and weights != known.get("teacher_digest"):
         raise InputError(f"{teacher} has other weights than the teacher of {origin}")
     return config | {"teacher": teacher, "teacher_digest": weights}, out, checkpoint, start
+
+
+def shared_out(accumulate: int, given: bool, before: int | None) -> dict:
+    """How many micro-batches a step has, over ranks and --accumulate. Each draws for itself, so a
+    run goes on with as many as before, on any number of ranks that divides them."""
+    world = ranks()[1]
+    micros = before or world * accumulate
+    if micros % world or (given and accumulate * world != micros):
+        how = f"{world} ranks" + f" with --accumulate {accumulate}" * given
+        raise InputError(f"{how} cannot go on with a run of {micros} micro-batches a step")
+    return dict(accumulate=micros // world, micro_batches=micros)
+
+
+def resume_command(given: dict, config: dict, out: File) -> str:
+    """What to type to go on: as many ranks of this machine, and the flags that no run keeps."""
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE", ranks()[1])
+    start = "python" if ranks()[1] == 1 else f"torchrun --nproc_per_node {ranks_here}"
+    flags = "".join(f" --{key.replace('_', '-')}" for key in ("shard", "no_report") if key in given)
+    flags += f" --device {given['device']}" if "device" in given else ""
+    return f"{start} train.py --dataset {config['dataset']} --resume --out {out}{flags}"
 
 
 def choose(out: File | None, default: str, resume: bool, held: contextlib.ExitStack) -> File:

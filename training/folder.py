@@ -33,6 +33,26 @@ except ImportError:  # Windows has none: runs are not held apart there
     fcntl = None
 
 
+def half_of(path: File) -> File:
+    """What a file is called until it is whole. A link is followed."""
+    return path.resolve().with_suffix(f".{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def written(path: File) -> Iterator[io.BufferedWriter]:
+    """A file to write. It takes its name when it is whole and on the disk: an older one stays until
+    then, and where this one fails."""
+    half = half_of(path)
+    try:
+        with half.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path.resolve())
+    finally:
+        half.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def locked(out: File) -> Iterator[None]:
     """Hold a folder, so that no other process writes into it. The lock ends with the process; then
@@ -43,8 +63,6 @@ def locked(out: File) -> Iterator[None]:
     try:
         if fcntl:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(holder).st_ino != out.stat().st_ino:
-                raise BlockingIOError  # another process has just removed the folder
     except BlockingIOError:
         os.close(holder)
         raise BlockingIOError(f"--out {out} is in use by another process") from None
@@ -92,13 +110,13 @@ class Run:
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peaks = PEAK if recipe.precision == "bf16" else {}
         self.peak = next((peaks[name] for name in re.split("[ -]", chip) if name in peaks), 0)
-        if self.rank == 0:
-            cut_log(out / "log.jsonl", state.step)
-            self.file = (out / "log.jsonl").open("a")
-        self.signals = note_signals(out)
+        self.signals = note_signals()
         self.saved = state.step
         if state.step == 0:
             self.save()
+        if self.rank == 0:
+            cut_log(out / "log.jsonl", state.step)
+            self.file = (out / "log.jsonl").open("a")
         self.bar = tqdm(
             range(state.step, recipe.steps), initial=state.step, total=recipe.steps, desc=str(out),
             unit="step", disable=self.rank > 0,
@@ -179,7 +197,7 @@ class Run:
         return f"{what} is not finite: stopped; {remains}; a lower --lr may help"
 
 
-def note_signals(out: File) -> list[int]:
+def note_signals() -> list[int]:
     """A list that gets each Ctrl-C and SIGTERM; a second one ends the process at once.
     (The handlers must not hold the run: it holds DDP, which must be freed before its group.)"""
     signals: list[int] = []
@@ -187,8 +205,6 @@ def note_signals(out: File) -> list[int]:
     def note(number: int, frame) -> None:
         signals.append(number)
         if len(signals) > 1:
-            for half in out.glob(f"*.{os.getpid()}.tmp"):
-                half.unlink(missing_ok=True)
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

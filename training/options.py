@@ -11,9 +11,11 @@ data sets and objectives declare more. Read next: `training/configure.py`, from 
 import argparse
 import contextlib
 import inspect
+import os
 import re
 import reprlib
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -37,12 +39,12 @@ class Recipe:
     network: str = "mmdit"  # a name of `data.networks.NETWORKS`, by the flag --network
     depth: Annotated[Count, "of the MM-DiT: blocks, heads, and width / 64", 1, 256] = 8
     precision: Annotated[Literal["fp32", "bf16"], "of the network; all else is float32"] = "fp32"
-    steps: Annotated[Count, "optimizer steps"] = 100_000
+    steps: Annotated[Count, "optimizer steps", 1, 10**9] = 100_000
     batch_size: Annotated[Count, "examples of a step, over ranks and accumulation", 1, 2**16] = 256
     accumulate: Annotated[Count, "micro-batches of a step on each rank"] = 1
     lr: Annotated[float, "learning rate, after the warm-up", 1e-30, 1e30] = 1e-4
     compile: Annotated[bool, "torch.compile the network"] = False
-    seed: Annotated[int, "of everything drawn"] = 0
+    seed: Annotated[int, "of everything drawn", -(2**31), 2**31 - 1] = 0
     warmup: int = 1000  # steps of linear warm-up, but at most a tenth of the run
     decay: bool = False  # after the warm-up lr is constant; with decay it is a cosine to 0
     beta2: Annotated[float, "", 0, 1] = 0.999  # of Adam, whose beta1 is 0.9
@@ -164,6 +166,8 @@ def plain(annotation: Any) -> Any:
 
 
 def parse(expected: Any, bounds: Sequence[float], text: str) -> Any:
+    if expected is File and not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         value = int(text) if expected is Count else expected(text)
     except ValueError:
@@ -195,12 +199,25 @@ def no_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
-class Parser(argparse.ArgumentParser):
-    """It makes flags of options. An error is one line, with status 2."""
+def say(text: str) -> None:
+    """Print at once. Where nobody reads any more (a closed pipe), the work goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
+
+class Parser(argparse.ArgumentParser):
+    """It makes flags of options. An error is one line, with status 2. A command that has a parser
+    has streams to write to, into which any file name can be printed."""
+
+    def __init__(self, *args, description: str | None = "", **settings):
+        super().__init__(*args, description=(description or "").split("\n\n")[0], **settings)
         self.owners: dict[str, tuple] = {}  # of each option: who has it, and its annotation
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # it was closed
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -251,12 +268,15 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(flag, help=text.replace("%", "%%"), **settings)
 
     def given(self) -> dict:
-        return {key: value for key, value in vars(self.parse_args()).items() if value is not None}
+        given = {key: value for key, value in vars(self.parse_args()).items() if value is not None}
+        if empty := [key.replace("_", "-") for key, value in given.items() if value == ""]:
+            self.error(f"--{empty[0]} is empty")  # an unset variable of a shell
+        return given
 
 
 def command(run: Callable, description: str) -> None:
     """A whole command: call run with the given flags. Its errors are one line."""
-    parser = Parser(description=description.split("\n\n")[0])
+    parser = Parser(description=description)
     parser.add_options(run, "options")
     given = parser.given()
     with parser.one_line_errors():

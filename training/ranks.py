@@ -72,6 +72,17 @@ def join(device: torch.device) -> None:
     dist.init_process_group(backend, timeout=timeout)
 
 
+def agree(values: dict) -> None:
+    """InputError where another rank was started with other values: each would learn something else,
+    or wait for a step that never comes."""
+    if not dist.is_initialized():
+        return
+    given = [values] * ranks()[1]
+    dist.all_gather_object(given, values)
+    if differ := [key for key in values if any(rank[key] != values[key] for rank in given)]:
+        raise InputError(f"the ranks were started with different {', '.join(differ)}")
+
+
 def meet() -> None:
     if dist.is_initialized():
         dist.barrier()
