@@ -254,8 +254,8 @@ def launch(given: dict, held: contextlib.ExitStack) -> str | int | None:
     if empty:
         network.null_cond = empty
     if (taken := getattr(network, "times_taken", 1)) != objective.times_given:
-        times = f"takes {taken} times, and {config['objective']} gives {objective.times_given}"
-        raise InputError(f"--network {recipe.network} {times}")
+        gives = f"{config['objective'] or recipe.formulation} gives {objective.times_given}"
+        raise InputError(f"--network {recipe.network} takes {taken} times, and {gives}")
     del start  # a teacher stays
     # state
     state = State(network, recipe, shard(network) if given.get("shard") else None)

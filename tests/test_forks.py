@@ -297,7 +297,7 @@ def test_a_number_is_no_class(finished, tmp_path, monkeypatch, capsys):
             "unknown network 'vgg'; choose from mlp, mmdit, dit, crossdit",
         ),
         ([*TOY, "--meanflow"], "--network mlp takes 1 times, and meanflow gives 2"),
-        ([*TOY, "--network", "mlp of two times"], "takes 2 times, and None gives 1"),
+        ([*TOY, "--network", "mlp of two times"], "takes 2 times, and rf gives 1"),
         ([*TOY, "--skips", 3], "unrecognized arguments: --skips 3"),
     ],
 )

@@ -51,6 +51,7 @@ import train
 from data import encode as encoding
 from data.base import Dataset
 from data.latents import Latents, open_array, read_meta
+from data.shapes import Shapes, conditions_of
 from data.toy import Toy
 from perflow import PeRFlow
 from studies import bench, runs
@@ -632,6 +633,19 @@ def test_a_full_disk_keeps_older_samples(name, finished, tmp_path, monkeypatch, 
         done = in_process(sample.main, [*args, "--out", out], tmp_path, monkeypatch, capsys)
     assert done.returncode == 2 and "error: [Errno 27] File too large" in done.stderr
     assert out.read_bytes() == b"an older file" and [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("data_set", [Dataset, Shapes])
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_pictures_are_written_whole_or_not_at_all(data_set, name, tmp_path):
+    x0, file = torch.randn(9, 3, 32, 32).clamp(-1, 1), tmp_path / name
+    cond = conditions_of(torch.arange(9)) if data_set is Shapes else []
+    write = lambda: data_set.write(dict(shape=[3, 32, 32], classes=0), file, x0, *cond)
+    assert write() == file
+    whole = file.read_bytes()
+    with small_disk(2000), pytest.raises(OSError, match="File too large"):
+        write()
+    assert file.read_bytes() == whole and [*tmp_path.iterdir()] == [file]
 
 
 def test_a_full_disk_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys, quick):
