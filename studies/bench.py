@@ -3,9 +3,12 @@
     python -m studies.bench --depth 12 --precision bf16 --compile --batch-size 64
     python -m studies.bench --plan --depth 38 --size 1024 --gpus 8 --precision bf16
 
-The toy's loop and bare ones take turns, so a busy moment hits all of them; the table has medians.
+First the start of each command beside that of torch; the toy's loop beside bare ones; the parts of
+a step of shapes. They take turns, so a busy moment hits all of them; the tables have medians.
 MM-DiT's step stands beside a large matmul."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 import toy2d
 from data.networks import CHECKPOINTED
+from data.shapes import Shapes
 from data.toy import Toy
 from mmdit import MMDiT
 from rf import formulation
@@ -68,6 +72,52 @@ def bench_toy(rounds: int) -> None:
     print(f"{'':38}{'us a step':>10}{'train.py is':>14}")
     for name, step, ratio in zip(loops, medians, ratios, strict=True):
         print(f"{name:38}{1e6 * step:10.0f}{ratio:13.2f}x")
+
+
+def bench_shapes(rounds: int) -> None:
+    """A step of `--dataset shapes`, in its parts; the data are drawn beside it, in a thread."""
+    data, recipe = Shapes(Shapes.Options()), Recipe(**preset("shapes"))
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    objective = formulation(recipe.formulation)
+    network = data.network(data.spec(), recipe)
+    state, stream = State(network, recipe), batches(data, objective, recipe, network.null_cond)
+    (rows,) = next(stream)
+    stream.close()
+    weights, average = list(network.parameters()), list(state.average.parameters())
+
+    def learn() -> None:
+        state.optimizer.zero_grad()
+        with autocast(recipe.precision, torch.device("cpu")):
+            objective.rows_loss(network, state.average, rows).backward()
+
+    drawn = lambda: data.batch(0, 0, recipe.batch_size * recipe.block)
+    learn()
+    parts = {
+        "forward and backward": learn,
+        "the norm of the gradient": lambda: torch.nn.utils.clip_grad_norm_(weights, recipe.clip),
+        "AdamW": state.optimizer.step,
+        "the average": lambda: torch._foreach_lerp_(average, [w.detach() for w in weights], 0.1),
+        f"the data of {recipe.block} steps": drawn,
+    }
+    one_round = lambda: [timeit(part, number=1) for part in parts.values()]
+    seconds = np.median([one_round() for _ in range(4 * rounds)], axis=0)
+    for name, part in zip(parts, seconds, strict=True):
+        print(f"{'shapes: ' + name:38}{1e3 * part:10.1f} ms{part / seconds[:-1].sum():12.0%}")
+
+
+def bench_starts(rounds: int) -> None:
+    """The seconds until a command has read its flags, beside those that torch alone takes."""
+    help_ = lambda *command: [sys.executable, *command, "--help"]
+    commands = {
+        "import torch": [sys.executable, "-c", "import torch"],
+        **{f"{name} --help": help_(name) for name in ("train.py", "sample.py")},
+        **{f"{name} --help": help_("-m", name) for name in ("data.encode", "studies.rank")},
+    }
+    start = lambda words: timeit(partial(subprocess.run, words, capture_output=True), number=1)
+    one_round = lambda: [start(words) for words in commands.values()]
+    seconds = np.median([one_round() for _ in range(-(-rounds // 4))], axis=0)
+    for name, each in zip(commands, seconds, strict=True):
+        print(f"{name:38}{each:10.2f} s{each / seconds[0]:13.2f}x")
 
 
 class FusedAttention(torch.autograd.Function):
@@ -141,7 +191,7 @@ def planned(depths: Iterable[int], size: int, batch_size: int, gpus: int, precis
 
 
 def run(
-    rounds: Annotated[Count, "of 250 steps of the toy, and 1/4 s of MM-DiT", 1, 1000] = 12,
+    rounds: Annotated[Count, "of 250 steps of the toy, 4 of shapes, 1/4 s of MM-DiT", 1, 1000] = 12,
     depth: Annotated[Count, "of MM-DiT: blocks, heads, width / 64", 1, 256] = 6,
     scale: Annotated[Count, "latents of 32 SCALE, 256 SCALE^2 tokens", 1, 16] = 1,
     context: Annotated[Count, "context tokens", 1, 10_000] = 77,
@@ -160,7 +210,9 @@ def run(
         print(planned(depths, size, batch_size, gpus, precision))
         return
     threads, device = torch.get_num_threads(), check_device(device)
+    bench_starts(rounds)
     bench_toy(rounds)
+    bench_shapes(rounds)
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     side, noise = 16 * scale, partial(torch.randn, device=device)  # patches of 2 x 2

@@ -183,9 +183,14 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
 
 def test_bench_prints_its_two_tables(capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"block": 5})
+    started = ["train.py", "sample.py", "data.encode", "studies.rank"]
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: None)  # seconds each
     bench.run(rounds=1, depth=1, context=4, batch_size=1)
     printed = capsys.readouterr().out
-    assert "train.py" in printed and "bare loop" in printed and "MM-DiT depth 1" in printed
+    assert "bare loop" in printed and "MM-DiT depth 1" in printed
+    assert [line.split()[0] for line in printed.splitlines()[:5]] == ["import", *started]
+    parts = [line for line in printed.splitlines() if line.startswith("shapes: ")]
+    assert len(parts) == 5 and abs(sum(int(p.split()[-1][:-1]) for p in parts[:-1]) - 100) <= 2
 
 
 def test_a_table_shows_no_nan():
