@@ -41,6 +41,7 @@ from training import ranks as parallel
 from training.checkpoint import DATASETS, load_weights, objective_of, save, start_from
 from training.configure import configure, make_parser, resume_command
 from training.folder import Run, training_flops
+from training.optimizer import Optimizer
 from training.options import Recipe, pick, reading, say
 
 
@@ -94,24 +95,21 @@ class State:
         self.network, self.model, self.recipe, self.step = network, network, recipe, 0
         self.losses: list[Tensor] = []  # since the last log, on the device
         self.average = (average or copy.deepcopy(network)).requires_grad_(False).eval()
-        adam = dict(betas=(0.9, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay)
-        self.optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, **adam, fused=True)
+        self.optimizer = Optimizer(network, recipe)
 
     def load(self, checkpoint: dict, origin: File) -> None:
-        """The moments are the checkpoint's, the settings of the optimizer are the recipe's."""
         load_weights(self.network, checkpoint["network"], origin)
         load_weights(self.average, checkpoint["ema"], origin)
         self.step, moments = checkpoint["step"], checkpoint["optimizer"]["state"]
         for i, w in enumerate(self.network.parameters()) if self.step else ():
-            shapes = [moments[i][key].shape for key in ("step", "exp_avg", "exp_avg_sq")]
-            if shapes != [(), w.shape, w.shape]:
+            shapes = {key: tuple(moment.shape) for key, moment in moments[i].items()}
+            if shapes != self.optimizer.shapes(w):
                 raise ValueError(f"moments of the shapes {shapes} for weights of {w.shape}")
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in shapes.keys() - {"step"}:
                 moments[i][key] = parallel.share(moments[i][key], w)
         device = next(self.network.parameters()).device
         self.losses = [*torch.tensor(checkpoint.get("losses", []), device=device).float()]
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizer.load_state_dict(moments)
 
     def finite(self) -> bool:
         """Whether weights, their average and moments are finite, and their squares are. A run that
@@ -136,7 +134,7 @@ class State:
 
 
 def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run | None" = None):
-    """Train the state until recipe.steps: the objective's loss, AdamW, the average of the weights.
+    """Train the state until recipe.steps: loss, gradient, optimizer, the average of the weights.
     batches gives the micro-batches of each step. A run logs, evaluates, saves and stops: then what
     is returned says why it stopped early: a message, or a signal's exit code."""
     weights, average = list(state.network.parameters()), list(state.average.parameters())
@@ -151,9 +149,7 @@ def train(state: State, objective, batches: Iterator, recipe: Recipe, run: "Run 
             loss = loss + part.detach()
         if recipe.clip:
             nn.utils.clip_grad_norm_(weights, recipe.clip)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        state.optimizer.step()
+        state.optimizer.step(learning_rate(recipe, step))
         state.step = step + 1
         n, between = divmod(state.step, recipe.ema_every)
         if not between:  # the first updates forget the initialisation faster

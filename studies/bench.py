@@ -95,7 +95,7 @@ def bench_shapes(rounds: int) -> None:
     parts = {
         "forward and backward": learn,
         "the norm of the gradient": lambda: torch.nn.utils.clip_grad_norm_(weights, recipe.clip),
-        "AdamW": state.optimizer.step,
+        "the optimizer": lambda: state.optimizer.step(recipe.lr),
         "the average": lambda: torch._foreach_lerp_(average, [w.detach() for w in weights], 0.1),
         f"the data of {recipe.block} steps": drawn,
     }

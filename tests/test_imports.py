@@ -8,7 +8,8 @@ from helpers import ROOT
 
 CORE = ["rf", "mmdit", "toy2d", "perflow"]
 ORDER = [
-    *CORE, "training.options", "training.ranks", "training.folder", "sd3.text", "sd3.weights",
+    *CORE, "training.options", "training.ranks", "training.optimizer", "training.folder",
+    "sd3.text", "sd3.weights",
     "data.pictures", "data.networks", "data.base", "data.toy", "data.shapes", "data.cifar10",
     "data.latents", "data.encode", "training.checkpoint", "training.configure", "sample", "train",
 ]  # fmt: skip

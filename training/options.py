@@ -49,6 +49,7 @@ class Recipe:
     decay: bool = False  # after the warm-up lr is constant; with decay it is a cosine to 0
     beta2: Annotated[float, "", 0, 1] = 0.999  # of Adam, whose beta1 is 0.9
     eps: Annotated[float, "", 0, 1] = 1e-15  # of Adam, as in SD3's bf16 runs
+    muon: Annotated[float, "", 0, 1000] = 0.0  # Muon's rate for hidden matrices over lr; 0 is none
     weight_decay: float = 0.0
     clip: float | None = 1.0  # of the gradient's norm
     ema_decay: Annotated[float, "", 0, 1] = 0.99  # of the average of the weights,
