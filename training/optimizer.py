@@ -9,20 +9,25 @@ from torch import Tensor, nn
 
 from rf import InputError
 from training.options import Recipe
-from training.ranks import is_sharded
+from training.ranks import blocks_of, is_sharded
 
-HIDDEN = 64  # a matrix with both sides at least so long is hidden; inputs, outputs may be shorter
+
+def is_hidden(name: str, layer: nn.Module) -> bool:
+    """Whether it leads from one hidden state to another: inputs and outputs are narrower than a
+    head, and modulations (adaLN) are outputs, too."""
+    return isinstance(layer, nn.Linear) and "adaLN" not in name and min(layer.weight.shape) >= 64
 
 
 class Optimizer:
     """AdamW; or, where recipe.muon is not 0, Muon (Jordan et al. 2024, PyTorch's) at muon times its
-    rate for the weights of linear layers between hidden states. Muon's steps are orthogonal
-    matrices, and cost a dozen products of such matrices each. The state is kept by the weight's
-    number in network.parameters(), as AdamW's alone would be. InputError where ranks share them."""
+    rate for the hidden matrices of the blocks, or of a network without blocks. Muon's steps are
+    orthogonal matrices; each costs fifteen products. The state is kept by the weight's number in
+    network.parameters(), as AdamW's alone would be. InputError where ranks share the weights."""
 
     def __init__(self, network: nn.Module, recipe: Recipe):
-        linear = [layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)]
-        self.hidden = {w for w in linear if min(w.shape) >= HIDDEN} if recipe.muon else set()
+        parts = blocks_of(network) or [network]
+        layers = [layer for part in parts for layer in part.named_modules()] if recipe.muon else []
+        self.hidden = {layer.weight for name, layer in layers if is_hidden(name, layer)}
         if self.hidden and is_sharded(network):
             raise InputError("--shard is not for Muon, which needs the whole of a matrix")
         self.numbers = {w: i for i, w in enumerate(network.parameters())}
