@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         formulation="rf/lognorm(0.00,1.00)", precision="bf16", depth=12, steps=500_000, lr=1e-4
     ),
     # a student needs a solve for each held-out example: hence fewer of them
-    "student": dict(steps=20_000, batch_size=256, lr=1e-4, validation=128),
+    "student": dict(steps=20_000, batch_size=256, lr=1e-4, muon=0.0, validation=128),
     "toy2d student": dict(  # it clips, as a solve may run away
         steps=8_000, batch_size=1024, lr=2e-3, validation=1024, clip=1.0
     ),
