@@ -268,7 +268,7 @@ class Shapes(Data):
 
     def __init__(self, options: Data.Options):
         if not fast_bf16():
-            print("shapes: this CPU is slow in bf16, so the default is float32, at half the speed")
+            print("shapes: this CPU is slow in bf16, so it learns by AdamW in float32, and longer")
 
     def spec(self) -> dict:
         return dict(shape=[3, SIZE, SIZE], classes=0)

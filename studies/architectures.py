@@ -20,10 +20,10 @@ from data.shapes import Shapes
 from mmdit import MMDiT
 from rf import formulation
 from sample import Sampler
-from studies.runs import markdown, mean_and_error, run_missing
+from studies.runs import SHAPES, markdown, mean_and_error, run_missing
 from train import State, batches, train, validation_loss
 from training.folder import training_flops
-from training.options import Count, Recipe, command, preset
+from training.options import Count, Recipe, command
 
 
 # ---- Two networks more
@@ -52,7 +52,7 @@ def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> 
     right, of seen and of unseen pairs, at guidance 3."""
     data, curve = Shapes(Shapes.Options()), []
     changes = dict(network=name, depth=depth, steps=steps, seed=seed)
-    recipe = Recipe(**preset("shapes") | changes)
+    recipe = Recipe(**SHAPES | changes)
     torch.manual_seed(seed)
     data.network(data.spec(), Recipe(depth=1))  # the runs of README.md drew these weights first
     network = data.network(data.spec(), recipe)

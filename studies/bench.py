@@ -28,7 +28,7 @@ from data.shapes import Shapes
 from data.toy import Toy
 from mmdit import MMDiT
 from rf import formulation
-from studies.runs import markdown
+from studies.runs import TOY, markdown
 from train import State, batches, train
 from training.folder import training_flops
 from training.options import Count, Recipe, command, preset
@@ -54,7 +54,7 @@ def bare_loop(mixture: toy2d.GaussianMixture, size: int, block: int, fused: bool
 def bench_toy(rounds: int) -> None:
     torch.set_num_threads(1)
     data, objective = Toy(Toy.Options()), formulation("rf")
-    recipe = Recipe(**preset("toy2d"))
+    recipe = Recipe(**TOY)
     steps, size = 10 * recipe.block, recipe.batch_size
     state, stream = State(toy2d.MLP(), recipe), batches(data, objective, recipe)
     ours = lambda: train(state, objective, stream, replace(recipe, steps=state.step + steps))

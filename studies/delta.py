@@ -17,9 +17,9 @@ import torch
 import perflow
 from data.toy import Toy
 from sample import Sampler
-from studies.runs import learned, markdown, mean_and_error, run_missing
+from studies.runs import TOY, learned, markdown, mean_and_error, run_missing
 from toy2d import GaussianMixture, load_mixture, yardsticks
-from training.options import Count, Recipe, command, pick, preset
+from training.options import Count, Recipe, command, pick
 
 CHANGES = {"5°": (5, 0), "10°": (10, 0), "22.5°": (22.5, 0), "moved 0.3": (0, 0.3)}
 STUDENTS = {  # learning rate, steps, batch size
@@ -48,7 +48,7 @@ def trained(mixture: str, seed: int, steps: int) -> dict:
     """All of one seed: {student: |Delta W|/|W|, the student's energy, and the factor by which its
     Delta W lowers that of each change}. `steps` are those of fine-tuning."""
     truth, data = load_mixture(mixture), Toy(Toy.Options(mixture))
-    recipe = Recipe(**preset("toy2d") | dict(seed=seed))
+    recipe = Recipe(**TOY | dict(seed=seed))
     teacher = learned(data, recipe)
     energy = lambda model, truth: yardsticks(lambda z: model.sample(z, steps=4), truth)["energy"]
     models, students = {}, {}

@@ -18,7 +18,7 @@ from data.toy import Toy, number, scene
 from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
 from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
-from studies.runs import learned, markdown, mean_and_error, run_file, run_missing
+from studies.runs import TOY, learned, markdown, mean_and_error, run_file, run_missing
 from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
 from training.options import Count, Recipe, command, preset, reading
@@ -39,7 +39,7 @@ def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor) -
 def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
     """A toy model as `train.py` trains it, kept in `out`."""
     data, file = Toy(Toy.Options(mixture)), run_file(out, (mixture, seed)).with_suffix(".pt")
-    recipe = Recipe(**preset("toy2d") | dict(seed=seed))
+    recipe = Recipe(**TOY | dict(seed=seed))
     if not file.exists():
         save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)
@@ -63,7 +63,7 @@ def untrained(mixture: str, _: str, seed: int, steps: int, out: File) -> dict:
 def trained(mixture: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
     """{evaluations: scores}, seconds of training, and 1,000 samples in the fewest evaluations."""
     teacher, data = teacher_of(mixture, seed, out), Toy(Toy.Options(mixture))
-    recipe = preset("toy2d") | preset("toy2d student")
+    recipe = TOY | preset("toy2d student")
     recipe |= dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
     start = time.perf_counter()
     students = METHODS[name].train(teacher, data, Recipe(**recipe))

@@ -12,8 +12,8 @@ import numpy as np
 import toy2d
 from data.toy import Toy, number
 from rf import STUDY, formulation
-from studies.runs import learned, markdown, run_missing
-from training.options import Count, Recipe, command, preset
+from studies.runs import TOY, learned, markdown, run_missing
+from training.options import Count, Recipe, command
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps
     "rf/lognorm(0.00,1.00)": (1.54, 1.25, 1.50),
@@ -39,7 +39,7 @@ STEPS = (5, 10, 25, 50)
 def trained(name: str, mixture: str, seed: int, steps: int) -> dict:
     """Train, sample, and measure the samples against the exact field's from the same noise."""
     truth = toy2d.load_mixture(mixture)
-    recipe = Recipe(**preset("toy2d") | dict(formulation=name, steps=steps, seed=seed))
+    recipe = Recipe(**TOY | dict(formulation=name, steps=steps, seed=seed))
     model = learned(Toy(Toy.Options(mixture)), recipe)
     excess = toy2d.relative_excess(model.network, model.objective, truth)
     run = {"name": name, "mixture": mixture, "seed": seed, "excess": excess}

@@ -19,7 +19,11 @@ from data.toy import number
 from rf import InputError, formulation
 from sample import Sampler
 from train import State, batches, train
-from training.options import Recipe, reading
+from training.options import Recipe, preset, reading
+
+# The recipes of README.md's tables, which are older than Muon in the presets
+TOY = preset("toy2d") | dict(muon=0.0, steps=27_000, batch_size=1024)
+SHAPES = preset("shapes") | dict(muon=0.0, steps=6_000, threads=1)
 
 
 def learned(data, recipe: Recipe, objective=None, start: Sampler | None = None) -> Sampler:

@@ -138,7 +138,7 @@ def toy(**options):
 
 
 def small_recipe(**changes):
-    return Recipe(**preset("toy2d") | dict(batch_size=32, steps=300) | changes)
+    return Recipe(**preset("toy2d") | dict(batch_size=32, steps=300, muon=0.0) | changes)
 
 
 def stream(recipe, start=0, rank=0, world=1, data=None):

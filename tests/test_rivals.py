@@ -281,7 +281,7 @@ TINY = dict(steps=28, batch_size=64, lr=1e-3, clip=1.0, dropout=0.0, block=2, th
 @pytest.fixture
 def start():
     data = Toy(Toy.Options("ring"))
-    recipe = Recipe(**preset("toy2d") | TINY)
+    recipe = Recipe(**runs.TOY | TINY)
     torch.manual_seed(0)
     network = Toy.network(data.spec(), recipe).requires_grad_(False)
     config = vars(recipe) | {"spec": data.spec(), "dataset": "toy2d"}
@@ -319,7 +319,7 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
 
 
 def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(options.PRESETS, "toy2d --network mlp", preset("toy2d") | dict(steps=30))
+    monkeypatch.setitem(runs.TOY, "steps", 30)
     monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
         energy=draw(normal(20)).mean().item(), outliers=0.5
     ))  # fmt: skip

@@ -24,7 +24,7 @@ from rf import STUDY, formulation
 from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
 from toy2d import load_mixture
 from train import State, train
-from training.options import PRESETS, Recipe, command, preset
+from training.options import Recipe, command
 
 
 def test_ranks_share_ties():
@@ -168,7 +168,7 @@ def test_delta_fine_tunes_from_the_teacher(finished, monkeypatch):
 def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     """With little of everything: the numbers are there and the student is another network."""
     reference = toy2d.reference
-    monkeypatch.setitem(PRESETS, "toy2d --network mlp", preset("toy2d") | {"steps": 100})
+    monkeypatch.setitem(runs.TOY, "steps", 100)
     monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
     monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
     run = delta.trained("ring", 0, steps=20)
@@ -182,7 +182,7 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
 
 
 def test_bench_prints_its_two_tables(capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "toy2d", PRESETS["toy2d"] | {"block": 5})
+    monkeypatch.setitem(runs.TOY, "block", 5)
     started = ["train.py", "sample.py", "data.encode", "studies.rank"]
     monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: None)  # seconds each
     bench.run(rounds=1, depth=1, context=4, batch_size=1)
@@ -340,8 +340,8 @@ def test_the_report_of_scaling(tmp_path):
 
 
 def test_one_real_run_of_an_architecture(monkeypatch):
-    small = dict(validation=4, batch_size=4, precision="fp32")
-    monkeypatch.setitem(PRESETS, "shapes", PRESETS["shapes"] | small)
+    for key, value in dict(validation=4, batch_size=4, precision="fp32").items():
+        monkeypatch.setitem(runs.SHAPES, key, value)
     run = architectures.trained("crossdit", 1, 0, steps=20, judged=2)
     steps, spent, losses = zip(*run["curve"], strict=True)
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)

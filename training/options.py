@@ -82,14 +82,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         log_every=100, validation=1024,
     ),
     "toy2d --network mlp": dict(  # on one thread, as two would slow it down
-        steps=27_000, batch_size=1024, lr=1e-2, clip=None, threads=1
+        steps=4_000, batch_size=4096, lr=1e-2, muon=3.0, clip=None, threads=1
     ),
     # shapes are learned last, and from much noise: hence (0.5, 1) and small batches
     "shapes": dict(
-        formulation="rf/lognorm(0.50,1.00)", precision="bf16" if fast_bf16() else "fp32",
-        depth=4, steps=6_000, batch_size=32, lr=3e-3, warmup=200, decay=True, beta2=0.99, eps=1e-8,
-        ema_decay=0.995, ema_every=1, block=8, log_every=50, eval_every=500, save_every=500,
-        validation=256, threads=1,
+        formulation="rf/lognorm(0.50,1.00)", depth=4, batch_size=32, lr=3e-3, warmup=200,
+        decay=True, beta2=0.99, eps=1e-8, ema_decay=0.995, ema_every=1, block=8, log_every=50,
+        eval_every=500, save_every=500, validation=256,
+        # Muon's products are bf16
+        **(dict(steps=2_000, precision="bf16", muon=7.0) if fast_bf16() else dict(steps=6_000)),
     ),
     "cifar10": dict(
         formulation="rf/lognorm(0.00,1.00)", precision="bf16", depth=8, steps=200_000, lr=3e-4
