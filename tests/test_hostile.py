@@ -357,7 +357,7 @@ def test_huge_labels_and_sides_are_refused(tmp_path):
         (sample.main, ["x.pt", "--steps", 10**12]),
         (lambda: options.command(bench.run, ""), ["--depth", 10**9]),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, list) else x.__module__,
 )
 def test_numbers_that_are_too_large(main, args, tmp_path, monkeypatch, capsys):
     done = in_process(main, args, tmp_path, monkeypatch, capsys)
