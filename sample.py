@@ -210,9 +210,8 @@ def run(
         if not texts:
             raise InputError(f"--prompts {prompts} is empty")
     if label is not None and condition is not None:
-        raise InputError(
-            f"--label {label} and --condition {condition:g}: a model takes one of them"
-        )
+        both = f"--label {label} and --condition {condition:g}"
+        raise InputError(f"{both}: a model takes one of them")
     label = label if condition is None else condition
     if texts and (label is not None or data or (num or len(texts)) < len(texts)):
         what = "a --prompt goes with neither --label nor --data nor --condition"

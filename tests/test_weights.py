@@ -72,7 +72,9 @@ def test_guided_samples_equal_the_pipelines(sd3_folder, pipeline, monkeypatch, t
 def test_guidance_of_a_released_model_needs_an_encoded_prompt(sd3_folder):
     """In a notebook, too, it pushes away from the encoding of no text, never from zeros."""
     sampler = sample.load(sd3_folder)
-    empty = Latents.encode(sampler.config["spec"], ["a cube", ""])[0]
+    spec = sampler.config["spec"]
+    empty = Latents.encode(spec, ["a cube", ""])[0]
+    assert [list(c.shape[1:]) for c in empty] == [spec["context"], spec["pooled"]]  # 77 + 256
     noise, cond = torch.randn(1, 4, 8, 8), [c[:1] for c in empty]
     assert sampler.sample(noise, *cond, steps=2).isfinite().all()
     with pytest.raises(ValueError, match="guided away from no text, which `encode` of a prompt"):

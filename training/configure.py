@@ -41,11 +41,8 @@ def make_parser(description: str) -> Parser:
             add(f"--{name}", action="store_const", const=True, help=f"learn by {name}")
     add("--network", help=f"one of {', '.join(NETWORKS)} (default: toy2d mlp, else mmdit)")
     add("--init", metavar="MODEL", help="start from the weights of a checkpoint or a released SD3")
-    add(
-        "--out",
-        type=partial(parse, File, ()),
-        help="the run's folder (default: runs/DATASET, numbered if taken)",
-    )
+    folder = partial(parse, File, ())
+    add("--out", type=folder, help="the run's folder (default: runs/DATASET, numbered if taken)")
     add("--resume", action="store_true", help="go on with --out, or the last run")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--shard", action="store_true", help="torchrun's ranks share weights and optimizer (FSDP2)")
