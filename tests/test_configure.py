@@ -222,6 +222,7 @@ def test_help_prints_the_whole_table_of_defaults(capsys):
     """Each row of PRESETS with each of its values, and every default of a Recipe."""
     parser = make_parser("")
     shown = " ".join(parser.format_help().split())
+    assert "--dataset cifar10, --dataset latents: --data DATA" in shown  # both have it
     for row, values in {"every run": asdict(Recipe()), **PRESETS}.items():
         assert f"{row}: " + ", ".join(f"{key} {value}" for key, value in values.items()) in shown
 

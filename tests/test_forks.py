@@ -318,7 +318,7 @@ def test_two_data_sets_that_define_one_flag_differently_are_an_error_at_start():
     parser.add_options(of(Annotated[int, "of it"]), "a")
     parser.add_options(of(Annotated[int, "of it"]), "b")
     assert parser.parse_args(["--scale", "3"]).scale == 3
-    with pytest.raises(ValueError, match="c and a define --scale differently"):
+    with pytest.raises(ValueError, match="c and a, b define --scale differently"):
         parser.add_options(of(Annotated[float, "of it"]), "c")
 
 

@@ -215,7 +215,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, description: str | None = "", **settings):
         super().__init__(*args, description=(description or "").split("\n\n")[0], **settings)
-        self.owners: dict[str, tuple] = {}  # of each option: who has it, and its annotation
+        self.owners: dict[str, tuple] = {}  # of each option: its group and its annotation
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # it was closed
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -243,11 +243,12 @@ class Parser(argparse.ArgumentParser):
     def add_options(self, of: Callable, title: str, defaults: bool = True) -> None:
         group = self.add_argument_group(title)
         for name, option in inspect.signature(of).parameters.items():
-            owner, known = self.owners.setdefault(name, (title, option.annotation))
+            owner, known = self.owners.setdefault(name, (group, option.annotation))
             if known != option.annotation:
-                raise ValueError(f"{title} and {owner} define --{name} differently")
-            if owner != title:
-                continue  # both have it
+                raise ValueError(f"{title} and {owner.title} define --{name} differently")
+            if owner is not group:
+                owner.title += f", {title}" * (title not in owner.title)  # both have it
+                continue
             if get_origin(option.annotation) is not Annotated:
                 continue
             expected, text, *bounds = get_args(option.annotation)
