@@ -42,20 +42,6 @@ def rectified_flow_sample(network, noise, steps):
     return z
 
 
-class InputError(ValueError):
-    """What a user gave is no good: a command ends with it in one line. Any other error is a bug."""
-
-
-def needed(call: str) -> Callable:
-    """A stub for what a class has to bring. Its error says what to write."""
-
-    def stub(of, *args, **options):
-        name = of.__name__ if isinstance(of, type) else type(of).__name__
-        raise NotImplementedError(f"{name} needs `{call}`")
-
-    return stub
-
-
 def at_least_float32(t: Tensor | float) -> Tensor:
     """t as a tensor. Coefficients of t are never computed in half precision."""
     t = torch.as_tensor(t)
@@ -350,6 +336,21 @@ class CosMap:
         """(22): 2/(pi - 2 pi t + 2 pi t^2)."""
         t = at_least_float32(t)
         return 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)
+
+
+# ---- Two errors: of a user, and of a class that is not finished
+class InputError(ValueError):
+    """What a user gave is no good: a command ends with it in one line. Any other error is a bug."""
+
+
+def needed(call: str) -> Callable:
+    """A stub for what a class has to bring. Its error says what to write."""
+
+    def stub(of, *args, **options):
+        name = of.__name__ if isinstance(of, type) else type(of).__name__
+        raise NotImplementedError(f"{name} needs `{call}`")
+
+    return stub
 
 
 # ---- Formulations: the loss, its weight (16), (18), and what a trained network means

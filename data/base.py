@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from data.networks import NETWORKS
@@ -58,6 +59,16 @@ def has_truth(objective) -> bool:
     """Whether E[target | z] follows from the data: of formulations with noise independent of x0.
     Nobody knows the best student of a teacher."""
     return isinstance(objective, Formulation) and not objective.coupled
+
+
+def save(file: File, what: Image | Sequence) -> File:
+    """Write a picture (.png) or arrays (.npz), whole or not at all."""
+    with written(file) as whole:
+        if isinstance(what, Image):
+            what.save(whole, "PNG")
+        else:
+            np.savez(whole, *map(np.asarray, what))
+    return file
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
@@ -300,18 +311,14 @@ class Dataset(Data):
             name = file.name.removesuffix(".npz")  # x.png.npz for x.png: an x.npz may be another's
             images, file = x0.numpy(), file.with_name(f"{name}.npz")
         if file.suffix == ".npz":
-            with written(file) as whole:
-                np.savez(whole, images, *(c.numpy() for c in cond))
-            return file
+            return save(file, [images, *cond])
         if spec["classes"] and cond:
             images = images[cond[0].argsort(stable=True)]
             labels, counts = cond[0].unique(return_counts=True)
             if 1 < len(labels) <= 10 and len(counts.unique()) == 1:
                 columns = counts[0].item()
                 names = [spec["names"][k] if spec["names"] else str(k) for k in labels.tolist()]
-        with written(file) as whole:
-            draw_sheet(images, columns, names).save(whole, "PNG")
-        return file
+        return save(file, draw_sheet(images, columns, names))
 
     # ---- What a run shows
     def preview(self, model, out: File, steps: int = 50, cfg: float | None = None) -> None:

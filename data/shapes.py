@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.base import HELD_OUT, Data, has_truth, seeded, validation
+from data.base import HELD_OUT, Data, has_truth, save, seeded, validation
 from data.pictures import draw_captioned, to_uint8
 from rf import Field, InputError, Pair, Path, expand
-from training.folder import written
 from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
@@ -304,17 +303,13 @@ class Shapes(Data):
         """Write pictures over their captions and what the reader sees (.png), or arrays (.npz)."""
         images = to_uint8(x0)
         if file.suffix == ".npz":
-            with written(file) as whole:
-                np.savez(whole, images, *(c.numpy() for c in cond))
-            return file
+            return save(file, [images, *cond])
         lines, known = [], [*CAPTIONS]
         for row, seen in zip(rows_of(cond[0]).tolist(), read(x0), strict=True):
             right = CAPTIONS[known[row]] == CAPTIONS[seen]
             new = " (unseen pair)" if NEW[row] else ""
             lines.append(f"{known[row]}{new}\n{'right' if right else f'read as: {seen}'}")
-        with written(file) as whole:
-            draw_captioned(images, lines).save(whole, "PNG")
-        return file
+        return save(file, draw_captioned(images, lines))
 
     # ---- What a run shows
     @staticmethod

@@ -9,16 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Annotated
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import toy2d
 from data import pictures
-from data.base import DATA, Data, has_truth, seeded
+from data.base import DATA, Data, has_truth, save, seeded
 from rf import RectifiedFlow, solve
 from toy2d import GaussianMixture, load_mixture, reference, relative_excess, yardsticks
-from training.folder import written
 
 
 def number(value: float, form: str) -> str:
@@ -90,17 +88,14 @@ class Toy(Data):
         """Write a .png or .npz. Print the metrics, with the exact field's from the same noise."""
         mixture, n = GaussianMixture(**spec["mixture"]), len(x0)
         if file.suffix == ".npz":
-            with written(file) as whole:
-                np.savez(whole, x0.numpy(), *(c.numpy() for c in labels))
+            save(file, [x0, *labels])
         if labels and len(labels[0].unique()) == 1:
             mixture, labels = mixture.component(labels[0][0].item()), ()
         noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))[:10_000]
         data, _ = mixture.sample(max(2, n), seeded(seed, 1, 0, DATA))
         if file.suffix == ".png":
             colours, truth = pictures.hues(noise[:2000]), data[: min(n, 2000)]
-            picture = pictures.draw_samples(scene(mixture), x0[:2000], truth, colours)
-            with written(file) as whole:
-                picture.save(whole, "PNG")
+            save(file, pictures.draw_samples(scene(mixture), x0[:2000], truth, colours))
         if n > 1:
             cond = [c[: len(noise)] for c in labels]
             exact = solve(mixture.field(RectifiedFlow()), noise, *cond, steps=50, method="heun")
@@ -114,8 +109,11 @@ class Toy(Data):
         """The relative excess, where there is a truth to measure it by."""
         if model.device.type != "cpu" or not has_truth(model.objective):
             return {}
+        return {"excess": self._excess(model, n=8192)}
+
+    def _excess(self, model, n: int = 65536) -> float:
         judged = model.guided(), model.objective, self.mixture, self.conditional
-        return {"excess": relative_excess(*judged, n=8192)}
+        return relative_excess(*judged, n=n)
 
     @torch.no_grad()
     def report(self, model, out: File, teacher=None) -> None:
@@ -125,8 +123,7 @@ class Toy(Data):
             self._compare(model, out, teacher)
             return
         if has_truth(model.objective):
-            judged = model.guided(), model.objective, self.mixture, self.conditional
-            excess = number(relative_excess(*judged), ".2e")
+            excess = number(self._excess(model), ".2e")
             print(f"relative excess of the network's error {excess}")
         run = lambda noise, *cond: model.sample(noise, *cond, steps=50, method="heun")
         y = yardsticks(run, self.mixture, self.conditional)

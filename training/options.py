@@ -37,7 +37,7 @@ class Recipe:
     formulation: Annotated[str, "path, prediction and density of t by the paper's name"] = "rf"
     shift: Annotated[float, "resolution-dependent shift sqrt(m/n), in training and sampling"] = 1.0
     network: str = "mmdit"  # a name of `data.networks.NETWORKS`, by the flag --network
-    depth: Annotated[Count, "of the MM-DiT: blocks, heads, and width / 64", 1, 256] = 8
+    depth: Annotated[Count, "blocks, heads and width / 64; of the MLP: layers", 1, 256] = 8
     precision: Annotated[Literal["fp32", "bf16"], "of the network; all else is float32"] = "fp32"
     steps: Annotated[Count, "optimizer steps", 1, 10**9] = 100_000
     batch_size: Annotated[Count, "examples of a step, over ranks and accumulation", 1, 2**16] = 256
