@@ -19,6 +19,7 @@ from data.toy import number
 from rf import InputError, formulation
 from sample import Sampler
 from train import State, batches, train
+from training.folder import written
 from training.options import Recipe, preset, reading
 
 # The recipes of README.md's tables, which are older than Muon in the presets
@@ -90,10 +91,8 @@ def run_missing(out: File, jobs: list[tuple], work: Callable, steps: int, keys) 
     with multiprocessing.get_context("spawn").Pool(workers, end_with_parent) as pool:
         runs = pool.imap_unordered(partial(made, work=work, steps=steps), missing)
         for run in tqdm(runs, initial=len(present), total=len(jobs)):
-            file = run_file(out, run["job"])
-            half = file.with_suffix(f".{os.getpid()}.tmp")
-            half.write_text(json.dumps(run))
-            half.replace(file)
+            with written(run_file(out, run["job"])) as file:
+                file.write(json.dumps(run).encode())
     return [read_run(out, job, keys) for job in jobs]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmdit import HEAD_DIM
 from rf import InputError
 from training.options import Recipe
 from training.ranks import blocks_of, is_sharded
@@ -15,7 +16,8 @@ from training.ranks import blocks_of, is_sharded
 def is_hidden(name: str, layer: nn.Module) -> bool:
     """Whether it leads from one hidden state to another: inputs and outputs are narrower than a
     head, and modulations (adaLN) are outputs, too."""
-    return isinstance(layer, nn.Linear) and "adaLN" not in name and min(layer.weight.shape) >= 64
+    wide = isinstance(layer, nn.Linear) and min(layer.weight.shape) >= HEAD_DIM
+    return wide and "adaLN" not in name
 
 
 class Optimizer:
