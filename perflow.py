@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import rf
 from rf import Field, Formulation, Generator, InputError, Pair, Rows, Times, expand
 
+PARAMETERIZATIONS = "velocity", "epsilon", "diff_eps"
+
 
 class PeRFlow(rf.Objective):
     """How to train and sample a student of `teacher`, a velocity field v(z, t, *cond) on `path`.
@@ -26,6 +28,7 @@ class PeRFlow(rf.Objective):
     parameterization: "velocity", where the student is a velocity field, on a path finite at t = 1:
         any formulation can come as `formulation.rectified(network)` on `rf.RectifiedFlow()`. Or
         "epsilon": an eps-network, `formulation.velocity(network)` as the teacher, a linear path.
+        "diff_eps" is the same with another eps*, that of the authors' code for SD1.5.
     times: the number of discrete times in a window; None or 0 draws t from all of it.
     method, reuse: ours where they are not "euler" and 1.
     formulation: of the student's network, where it predicts something else than a velocity on rf.
@@ -47,8 +50,11 @@ class PeRFlow(rf.Objective):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if method not in rf.SOLVERS:
             raise ValueError(f"unknown solver {method!r}; choose from {', '.join(rf.SOLVERS)}")
-        if parameterization not in ("velocity", "epsilon"):
-            raise ValueError(f"parameterization {parameterization!r}: choose velocity or epsilon")
+        if parameterization not in PARAMETERIZATIONS:
+            choices = ", ".join(PARAMETERIZATIONS)
+            raise ValueError(
+                f"unknown parameterization {parameterization!r}; choose from {choices}"
+            )
         if isinstance(windows, int):
             windows = [k / windows for k in range(windows + 1)]
         edges = [float(t) for t in windows]
@@ -65,8 +71,10 @@ class PeRFlow(rf.Objective):
         self._flow = Formulation("", path, "velocity")  # whose `rectified` is on the RF path
         a, b, _, _ = path.coefficients(self.edges[-1])
         advice = "use velocity, with formulation.rectified(network) on RectifiedFlow()"
-        if parameterization == "epsilon" and (a == 0 or not b.isfinite()):
-            raise InputError(f"epsilon: lambda_k = a_e/a_s is infinite on this path; {advice}")
+        if parameterization != "velocity" and (a == 0 or not b.isfinite()):
+            raise InputError(
+                f"{parameterization}: lambda_k = a_e/a_s is infinite on this path; {advice}"
+            )
         if not b.isfinite():
             raise InputError(f"{type(path).__name__} is infinite at t = 1; {advice}")
 
@@ -116,10 +124,14 @@ class PeRFlow(rf.Objective):
         return z_t, (z_end - lambda_k * z_start) / eta_k
 
     def _ddim(self, t_start: Tensor, t_end: Tensor, z: Tensor) -> Pair:
-        """lambda_k = a_e/a_s, eta_k = b_e - (a_e/a_s) b_s: DDIM is lambda_k z + eta_k eps."""
+        """lambda_k = a_e/a_s, eta_k = b_e - (a_e/a_s) b_s: DDIM is lambda_k z + eta_k eps. diff_eps
+        has the noising from e to s turned round: z_s = g z_e + sqrt(1 - g^2) eps, g = a_s/a_e."""
         a_s, b_s, _, _ = self.path.coefficients(expand(t_start, z))
         a_e, b_e, _, _ = self.path.coefficients(expand(t_end, z))
-        return a_e / a_s, b_e - a_e / a_s * b_s
+        lambda_k = a_e / a_s
+        if self.parameterization == "diff_eps":
+            return lambda_k, -(lambda_k**2 - 1).sqrt()
+        return lambda_k, b_e - lambda_k * b_s
 
     def pair(self, x0: Tensor, eps: Tensor, t: Tensor, *cond: Tensor) -> Pair:
         """(z_t, target) at t: a point of the straight line, and what the student learns there."""
@@ -224,7 +236,7 @@ class PeRFlow(rf.Objective):
         times: Annotated[int, "discrete times of a window; 0 is all of it", 0, 10_000] = 4
         evaluations: Annotated[int | None, "of one solve (default: 32 / windows)", 1, 10_000] = None
         parameterization: Annotated[
-            Literal["velocity", "epsilon"], "the target; epsilon is for eps/linear and eps/ddpm"
+            Literal[PARAMETERIZATIONS], "the target; the last two: of eps/linear and eps/ddpm"
         ] = "velocity"
         guidance: Annotated[
             Literal["sync", "fixed"], "guide the student in sampling, or the teacher now"

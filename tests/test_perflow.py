@@ -87,7 +87,7 @@ def test_bad_windows_are_refused(windows):
     [
         ({"method": "midpoint"}, "unknown solver"),
         ({"evaluations": 0}, "evaluations"),
-        ({"parameterization": "x0"}, "velocity or epsilon"),
+        ({"parameterization": "x0"}, "choose from velocity, epsilon, diff_eps"),
         ({"times": -1}, "times"),
         ({"reuse": 0}, "reuse"),
     ],
@@ -227,13 +227,25 @@ def test_z_t_lies_on_the_line(path, windows):
 
 
 @pytest.mark.parametrize("path", [LDM, DDPM], ids=["ldm", "ddpm"])
-def test_epsilon_gives_the_lines_slope_from_any_point_of_it(path):
+@pytest.mark.parametrize("parameterization", ["epsilon", "diff_eps"])
+def test_epsilon_gives_the_lines_slope_from_any_point_of_it(parameterization, path):
     """eps* as the student: the velocity is the chord, edges included; so both minimisers agree."""
     x0, eps, t = examples()
-    perflow = PeRFlow(mixture().field(path), path, UNEVEN, parameterization="epsilon")
+    perflow = PeRFlow(mixture().field(path), path, UNEVEN, parameterization=parameterization)
     slope = PeRFlow(mixture().field(path), path, UNEVEN).pair(x0, eps, t)[1]
     z, eps_star = perflow.pair(x0, eps, t)
     close(perflow.velocity(lambda z, t: eps_star)(z, t), slope, 1e-7)
+
+
+def test_diff_eps_is_the_noise_that_leads_from_the_windows_end_to_its_start():
+    """The forward process between two times, z_s = g z_e + sqrt(1 - g^2) eps; DDIM's eps* is the
+    noise of a jump to x0 and back."""
+    x0, eps, t = examples()
+    perflow = PeRFlow(mixture().field(LDM), LDM, 3, parameterization="diff_eps")
+    z_start, z_end = perflow.solve_window(x0, eps, t)
+    g = LDM.a(perflow.window(t)[0]) / LDM.a(perflow.window(t)[1])
+    noise = perflow.pair(x0, eps, t)[1]
+    close(g[:, None] * z_end + (1 - g**2).sqrt()[:, None] * noise, z_start, 1e-7)
 
 
 def test_epsilon_form_holds_for_any_lambda_and_eta():
@@ -409,7 +421,7 @@ def test_times_of_a_student_fall_and_hold_all_edges():
         perflow.sample(still, noise, times=[1, 0.6, 0])
 
 
-@pytest.mark.parametrize("parameterization", ["velocity", "epsilon"])
+@pytest.mark.parametrize("parameterization", ["velocity", "epsilon", "diff_eps"])
 def test_a_perfect_student_samples_as_the_teacher_in_any_number_of_steps(parameterization):
     """Piecewise constant by construction: a student that knows where its window started."""
     path = RF if parameterization == "velocity" else LDM
