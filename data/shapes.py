@@ -163,22 +163,27 @@ def explained(d: Tensor, mask: Tensor, a: Tensor | float = 1) -> Tensor:
     return 2 * a * overlap - a**2 * power.reshape(-1, 1)
 
 
-def nearest(x0: Tensor) -> tuple[list[str], Tensor]:
-    """The captions of the true pictures nearest to x0 (n,3,32,32), and their rms distances (n,). An
-    object explains |x0 - white|^2 - |x0 - object|^2; two do not overlap: they explain the sum."""
+def nearest(x0: Tensor) -> tuple[list[str], Tensor, Tensor]:
+    """The captions of the true pictures nearest to x0 (n,3,32,32), their rms distances (n,), and
+    the places (n,2) of their objects, numbers in their zones; one alone stands twice. An object
+    explains |x0 - white|^2 - |x0 - object|^2; two do not overlap: they explain the sum."""
     if len(x0) > 500:  # to bound the memory
-        captions, distances = zip(*map(nearest, x0.split(500)), strict=True)
-        return [*itertools.chain(*captions)], torch.cat(distances)
+        captions, *tensors = zip(*map(nearest, x0.split(500)), strict=True)
+        return [*itertools.chain(*captions)], *map(torch.cat, tensors)
     d = x0.float().cpu().flatten(2) - 1
     totals, found = [], []
     for layout in zones():
-        best = [explained(d, mask).amax(2).max(1) for mask in layout]
+        best = [explained(d, mask).flatten(1).max(1) for mask in layout]
         totals.append(sum(b.values for b in best))
-        found.append(torch.stack([b.indices for b in best], dim=1).tolist())
+        at = torch.stack([b.indices for b in 2 * best][:2], dim=1)
+        found.append((at // layout[0].shape[1], at % layout[0].shape[1]))
     total, layout = torch.stack(totals).max(0)
-    objects = [[PAIRS[o] for o in found[k][i]] for i, k in enumerate(layout.tolist())]
-    captions = [phrase([*LAYOUTS][k], *o) for k, o in zip(layout.tolist(), objects, strict=True)]
-    return captions, ((d.square().flatten(1).sum(1) - total).clamp(min=0) / d[0].numel()).sqrt()
+    pairs, places = (torch.stack(x)[layout, torch.arange(len(d))] for x in zip(*found, strict=True))
+    captions = []
+    for k, objects in zip(layout.tolist(), pairs.tolist(), strict=True):
+        captions.append(phrase([*LAYOUTS][k], *[PAIRS[o] for o in objects][: len(zones()[k])]))
+    distance = ((d.square().flatten(1).sum(1) - total).clamp(min=0) / d[0].numel()).sqrt()
+    return captions, distance, places
 
 
 def read(x0: Tensor) -> list[str]:
@@ -193,7 +198,7 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
     """The shares of pictures that show all of their caption, its colours, its shapes, its relation;
     and the mean rms distance to the nearest true picture, whose pixels are in [-1, 1]."""
     table, known = [], [*CAPTIONS.values()]
-    captions, distances = nearest(x0)
+    captions, distances, _ = nearest(x0)
     words = lambda objects, k: sorted(pair[k] for pair in objects)  # colours or shapes
     for row, caption in zip(rows.tolist(), captions, strict=True):
         (layout, objects), (seen_layout, seen) = known[row], CAPTIONS[caption]
@@ -202,6 +207,36 @@ def verdicts(rows: Tensor, x0: Tensor) -> dict[str, float]:
         table.append([known[row] == CAPTIONS[caption], colours, shapes, relation])
     shares = dict(zip(ASPECTS, torch.tensor(table).double().mean(0).tolist(), strict=True))
     return shares | {"distance": distances.mean().item()}
+
+
+def diversity(caption: str, x0: Tensor) -> dict[str, float]:
+    """How the places of two objects are spread, in those of x0 (n,3,32,32) that show all of this
+    caption. True ones are uniform over P places each, and independent. The means over both objects
+    of `tv`, the total variation, and `chi2`, chi^2 over its P - 1 degrees; `mutual`, their mutual
+    information in nats, less that of shuffled pairs; `same`, P^2 times the share of pairs of
+    pictures that are the same. In the mean true pictures have tv = `floor`, chi2 = 1, mutual = 0
+    and same = 1. nan where fewer than two show the caption."""
+    known = CAPTIONS[caption]
+    captions, _, places = nearest(x0)
+    at = places[[CAPTIONS[c] == known for c in captions]]
+    n, P = len(at), zones()[[*LAYOUTS].index(known[0])][0].shape[1]
+    if n < 2:
+        return dict.fromkeys(("tv", "floor", "chi2", "mutual", "same"), math.nan)
+    count = lambda x, size: torch.bincount(x, minlength=size).double()
+    entropy = lambda counts: -torch.special.xlogy(counts / n, counts / n).sum().item()
+    one = torch.stack([count(x, P) for x in at.T])  # (object, place)
+    joint = lambda order: count(P * at[:, 0] + at[order, 1], P**2)
+    paired, generator = joint(torch.arange(n)), torch.Generator().manual_seed(0)
+    shuffled = [entropy(joint(torch.randperm(n, generator=generator))) for _ in range(32)]
+    m = n // P  # the mean deviation of a binomial count, by de Moivre
+    deviation = 2 * (m + 1) * math.comb(n, m + 1) * (P - 1) ** (n - m) / P ** (n + 1)
+    return dict(
+        tv=0.5 * (one / n - 1 / P).abs().sum(1).mean().item(),
+        floor=0.5 * P * deviation / n,
+        chi2=(n * P * (one / n - 1 / P).square().sum(1) / (P - 1)).mean().item(),
+        mutual=sum(shuffled) / len(shuffled) - entropy(paired),
+        same=(paired * (paired - 1)).sum().item() * P**2 / (n * (n - 1)),
+    )
 
 
 # ---- The exact field: a mixture of points takes softmaxes where the reader takes maxima

@@ -1,11 +1,14 @@
-"""Few steps: PeRFlow against every rival that its paper names, on the ring and the grid.
+"""Few steps: PeRFlow against every rival that its paper names, on the ring, the grid and shapes.
 
-    python -m studies.fewstep        an hour on two cores
+    python -m studies.fewstep                        two hours on two cores
+    python -m studies.fewstep --problems shapes      four hours more
 
-The first seed tries five learning rates a method; the other seeds take the best of them."""
+The study trains its teachers. Learning rates are scanned on a seed and on noise of their own, the
+same number for each method; the best one meets the seeds that are reported."""
 
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path as File
 from typing import Annotated
 
@@ -14,86 +17,149 @@ import torch
 from torch import Tensor
 
 from data.pictures import WARM, Canvas, hues, tile
+from data.shapes import Shapes, paint, rows_of
+from data.shapes import field as exact_field
 from data.toy import Toy, number, scene
-from rf import SOLVERS, Field, formulation, solve
+from rf import SOLVERS, Field, formulation, guide, solve
 from sample import Sampler
-from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
-from studies.runs import TOY, learned, markdown, mean_and_error, run_file, run_missing
+from studies.rivals import COUNTS, METHODS, PATH, flow, multistep, pair_count
+from studies.runs import (
+    SHAPES,
+    TOY,
+    judged,
+    learned,
+    markdown,
+    mean_and_error,
+    run_file,
+    run_missing,
+)  # fmt: skip
 from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
-from training.options import Count, Recipe, command, preset, reading
+from training.options import Count, Recipe, command, pick, preset, reading
 
-FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of a method's rate
 UNTRAINED = {"Euler (DDIM)": ("euler", 1), "Heun": ("heun", 1), "RK4": ("rk4", 1)}
 for name, solver in {"DPM-Solver++(2M)": "dpm", "DEIS": "deis", "ab2": "ab2"}.items():
     UNTRAINED |= {name: (solver, 1), f"{name} on (i/n)^1.5": (solver, 1.5)}  # and the times' power
+METRICS = {  # form of a figure, by problem: the first one is compared in pairs
+    True: dict(wrong=".1%", seen=".1%", unseen=".1%", distance=".3f", tv=".3f", floor=".3f",
+               chi2=".2f", mutual=".2f", same=".2f"),
+    False: dict(energy=".1e", total_variation=".4f", outliers=".1%"),
+}  # fmt: skip
 
 
-def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor) -> Tensor:
+def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor, *cond) -> Tensor:
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
+    held = lambda z, t: field(z, t, *cond)
     if solver in SOLVERS:
-        return solve(field, noise, times=times, method=solver)
-    return multistep(field, noise, times, solver)
+        return solve(held, noise, times=times, method=solver)
+    return multistep(held, noise, times, solver)
 
 
-def teacher_of(mixture: str, seed: int, out: File) -> Sampler:
-    """A toy model as `train.py` trains it, kept in `out`."""
-    data, file = Toy(Toy.Options(mixture)), run_file(out, (mixture, seed)).with_suffix(".pt")
-    recipe = Recipe(**TOY | dict(seed=seed))
+def data_of(problem: str):
+    return Shapes(Shapes.Options()) if problem == "shapes" else Toy(Toy.Options(problem))
+
+
+def teacher_of(problem: str, seed: int, out: File) -> Sampler:
+    """A model as `train.py` trains it, kept in `out`: one a seed; of shapes one for all."""
+    text = problem == "shapes"
+    data, seed = data_of(problem), 0 if text else seed
+    recipe = Recipe(**(SHAPES if text else TOY) | dict(seed=seed))
+    file = run_file(out, (problem, seed)).with_suffix(".pt")
     if not file.exists():
         save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)
     with reading(file, "teacher of this study"):
         load_weights(network, torch.load(file, weights_only=True), file)
-    return Sampler(network, formulation(recipe.formulation), vars(recipe) | {"spec": data.spec()})
+    config = vars(recipe) | dict(spec=data.spec(), dataset="shapes" if text else "toy2d")
+    return Sampler(network, formulation(recipe.formulation), config)
 
 
-def untrained(mixture: str, _: str, seed: int, steps: int, out: File) -> dict:
-    """The run (mixture, "teacher", seed): {solver: {evaluations: scores}} of the teacher, and its
-    energy distance in 50 steps of Heun, where the solver's error is small."""
-    field, truth, scores = flow(teacher_of(mixture, seed, out)), load_mixture(mixture), {}
-    for name, (solver, power) in UNTRAINED.items():
+def measured(problem: str, scan: bool, draw) -> dict[str, float]:
+    """The METRICS of draw(noise, *cond) -> x0. No table reports the captions of a scan."""
+    if problem != "shapes":
+        return yardsticks(draw, load_mixture(problem))
+    scores = judged(draw, scan)
+    return scores | dict(wrong=1 - (scores["seen"] + scores["unseen"]) / 2)
+
+
+def untrained(problem: str, _: str, seed: int, steps: int, out: File) -> dict:
+    """The run (problem, "teacher", seed): {solver: {evaluations: scores}} of the teacher, of shapes
+    of the exact field, too; and the teacher's scores in 50 steps of Heun, nearly without an error
+    of the solver."""
+    teacher, scores, text = teacher_of(problem, seed, out), {}, problem == "shapes"
+    fields = {"": flow(teacher)}
+    if text:
+        exact = exact_field(PATH)
+        guided = guide(exact, teacher.null_cond, teacher.cfg)
+        fields |= {"exact field: ": exact, f"exact field, guidance {teacher.cfg:g}: ": guided}
+    for (prefix, field), (name, (solver, power)) in product(fields.items(), UNTRAINED.items()):
+        if prefix and solver != "euler":
+            continue
         stages = len(SOLVERS[solver][0]) if solver in SOLVERS else 1  # evaluations of a step
         draw = lambda n: partial(solved, field, solver, power, n // stages)
-        scores[name] = {str(n): yardsticks(draw(n), truth) for n in COUNTS if n % stages == 0}
-    floor = yardsticks(partial(solved, field, "heun", 1, 50), truth)["energy"]
+        counts = [n for n in COUNTS if n % stages == 0]
+        scores[prefix + name] = {str(n): measured(problem, False, draw(n)) for n in counts}
+    if text:
+        true = lambda noise, context, _: paint(rows_of(context), torch.Generator().manual_seed(1))
+        scores["the data"] = {"1": measured(problem, False, true)}
+    floor = measured(problem, False, partial(solved, fields[""], "heun", 1, 50))
     return dict(scores=scores, floor=floor)
 
 
-def trained(mixture: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
-    """{evaluations: scores}, seconds of training, and 1,000 samples in the fewest evaluations."""
-    teacher, data = teacher_of(mixture, seed, out), Toy(Toy.Options(mixture))
-    recipe = TOY | preset("toy2d student")
-    recipe |= dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
+def trained(problem: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
+    """{evaluations: scores}, seconds of training, and of points 1,000 samples in the fewest
+    evaluations. Seed 0 is the scan's."""
+    teacher, data = teacher_of(problem, seed, out), data_of(problem)
+    words = "shapes student" if problem == "shapes" else "toy2d student"
+    changes = preset(words) | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
+    recipe = pick(Recipe, teacher.config | changes)
     start = time.perf_counter()
-    students = METHODS[name].train(teacher, data, Recipe(**recipe))
+    students = METHODS[name].train(teacher, data, recipe)
     seconds = time.perf_counter() - start
     generator = lambda seed: torch.Generator().manual_seed(seed)  # some samplers draw
     draw = lambda n: partial(students[n].sample, steps=n, generator=generator(1000 + seed))
-    scores = {str(n): yardsticks(draw(n), load_mixture(mixture)) for n in students}
-    samples = draw(min(students))(torch.randn(1000, 2, generator=generator(0)))
-    return dict(scores=scores, seconds=seconds, samples=samples.tolist())
+    counts = sorted(students)[: 1 if seed == 0 else None]  # a scan looks at the fewest
+    scores = {str(n): measured(problem, seed == 0, draw(n)) for n in counts}
+    noise, points = torch.randn(1000, 2, generator=generator(0)), problem != "shapes"
+    samples = draw(min(students))(noise).tolist() if points and seed else []
+    return dict(scores=scores, seconds=seconds, samples=samples)
 
 
-def cells(scores: list[dict]) -> list[str]:
-    """Energy distances by evaluations, and the outliers in 1 and 4; – where they are too few."""
-    column = lambda n, key: [s[str(n)][key] for s in scores if str(n) in s]
-    energies = [mean_and_error(c, ".1e") if (c := column(n, "energy")) else "–" for n in COUNTS]
-    outliers = [f"{np.mean(c):.1%}" if (c := column(n, "outliers")) else "–" for n in (1, 4)]
-    return energies + outliers
+# ---- Tables
+def tables(groups: dict[str, list[dict]], text: bool) -> str:
+    """groups {method: [{evaluations: scores}, ...]}, a seed each (of an untrained one on shapes one
+    for all). A table of each metric, by evaluations; then the first metric less that of the best
+    student in as many evaluations: the mean of the differences seed by seed."""
+    column = lambda name, n, key: [s[str(n)][key] for s in groups[name] if str(n) in s]
+    metrics, said = METRICS[text], []
+    first, form = next(iter(metrics.items()))
+    students = [name for name in groups if name in METHODS]
+    of = {n: [c for name in students if (c := column(name, n, first))] for n in COUNTS}
+    best = {n: min(columns, key=np.mean) for n, columns in of.items()}
+    asked = [(key, key, form, lambda c, n: c) for key, form in metrics.items()]
+    title = f"{first} less that of the best student"
+    asked.append((title, first, form, lambda c, n: np.subtract(c, best[n])))
+    for title, key, form, change in asked:
+        rows = [["method", *map(str, COUNTS)]]
+        for name in groups:
+            columns = [(n, column(name, n, key)) for n in COUNTS]
+            known = lambda c: c and not (text and np.isnan(c).any())  # enough were right
+            cells = [mean_and_error(change(c, n), form) if known(c) else "–" for n, c in columns]
+            rows.append([name, *cells])
+        said.append(f"{title}, by evaluations:\n\n{markdown(*rows)}")
+    return "\n\n".join(said)
 
 
-def table(teachers: list[dict], runs: list[dict]) -> str:
-    heads = "outliers in 1", "in 4", "lr", "seconds", "pairs", "holds"
-    rows = [["method", *map(str, COUNTS), *heads]]
-    for name in UNTRAINED:
-        rows.append([name, *cells([run["scores"][name] for run in teachers]), *"––––"])
-    pairs = f"{pair_count(runs[0]['steps'], preset('toy2d student')['batch_size']):,}"
-    for name, method in METHODS.items():
-        seeds = [run for run in runs if run["job"][1] == name]
-        lr, seconds = seeds[0]["job"][2], min(run["seconds"] for run in seeds)  # least disturbed
-        costs = f"{lr:g}", f"{seconds:.0f}", pairs if method.pairs else "–", method.networks
-        rows.append([name, *cells([run["scores"] for run in seeds]), *costs])
+def costs(scans: dict[str, dict[float, float]], runs: list[dict], form: str, pairs: int) -> str:
+    """The scan of each method, its best rate first, and what its training takes."""
+    rows = [["method", "rate", "other rates of the scan", "seconds", "pairs", "holds"]]
+    for name, scan in scans.items():
+        seconds = min(run["seconds"] for run in runs if run["job"][1] == name)  # least disturbed
+        best, *others = sorted(scan, key=scan.get)
+        shown = lambda lr: f"{lr:g}: {number(scan[lr], form)}"
+        cells = shown(best), ", ".join(map(shown, sorted(others))), f"{seconds:.0f}"
+        stored = f"{pairs:,}" if METHODS[name].pairs else "–"
+        rows.append([name, *cells, stored, METHODS[name].networks])
     return markdown(*rows)
 
 
@@ -109,49 +175,72 @@ def draw(runs: list[dict], mixture: str):
         label = f"{run['job'][1]}: {'1 step' if n == '1' else f'{n} steps'}"
         x = torch.tensor(run["samples"]).nan_to_num().clamp(-9, 9)
         panels.append(canvas().points(x, colours, 3).done(label))
-    return tile([panels[:7], panels[7:]])
+    return tile([panels[i : i + 6] for i in range(0, len(panels), 6)])
 
 
-def study(mixture: str, seeds: int, steps: int, out: File) -> None:
-    """Make the runs of a mixture, print its tables and draw its picture."""
-    # teachers
-    jobs = [(mixture, "teacher", seed) for seed in range(seeds)]
+# ---- The study
+def scanned(problem: str, made) -> dict[str, dict[float, float]]:
+    """{method: {rate: the first metric in the fewest evaluations}}, on seed 0. Each scan starts
+    with three rates, and goes on while its best one is at an end, up to five rates."""
+    factor, text = (3, True) if problem == "shapes" else (2, False)
+    middle = lambda name: preset("shapes student")["lr"] if text else METHODS[name].lr
+    tidy = lambda lr: float(f"{lr:.2g}")
+    rates = {name: [tidy(middle(name) * factor**i) for i in (-1, 0, 1)] for name in METHODS}
+    key = next(iter(METRICS[text]))
+    for _ in range(3):
+        runs = made([(problem, name, lr, 0) for name, lrs in rates.items() for lr in lrs])
+        scans = {name: {} for name in METHODS}
+        for run in runs:
+            score = next(iter(run["scores"].values()))[key]
+            scans[run["job"][1]][run["job"][2]] = np.nan_to_num(score, nan=np.inf, posinf=np.inf)
+        for name, scan in scans.items():
+            best = min(scan, key=scan.get)
+            low, high = min(scan), max(scan)
+            if best in (low, high):
+                rates[name].append(tidy(low / factor if best == low else high * factor))
+    return scans
+
+
+def study(problem: str, seeds: int, steps: int, out: File) -> None:
+    """Make the runs of a problem, print its tables and draw its picture."""
+    text, numbers = problem == "shapes", range(1, seeds + 1)
+    jobs = [(problem, "teacher", seed) for seed in range(1 if text else seeds + 1)]
     teachers = run_missing(out, jobs, partial(untrained, out=out), steps, {"scores", "floor"})
-    # scans on the first seed
+    teachers = teachers if text else teachers[1:]
     work, keys = partial(trained, out=out), {"scores", "seconds", "samples"}
-    rates = [(name, method.lr * factor) for name, method in METHODS.items() for factor in FACTORS]
-    scan = run_missing(out, [(mixture, *rate, 0) for rate in rates], work, steps, keys)
-    scans = {name: [run for run in scan if run["job"][1] == name] for name in METHODS}
-    # the best rates on all seeds, by the energy distance in the fewest evaluations
-    energies = lambda run: [score["energy"] for score in run["scores"].values()]
-    energy = lambda run: np.nan_to_num(energies(run)[0], nan=np.inf, posinf=np.inf)
-    best = [min(group, key=energy)["job"][:3] for group in scans.values()]
-    jobs = [(*choice, seed) for seed in range(seeds) for choice in best]
-    runs = run_missing(out, jobs, work, steps, keys)
-    print(f"\n{mixture}: energy distance above the exact field's, by evaluations\n")
-    print(table(teachers, runs))
-    floor = mean_and_error([run["floor"] for run in teachers], ".1e")
-    print(f"\nThe teachers themselves have {floor} in 50 steps of Heun.")
-    print(f"\n{mixture}: the scans, in the fewest evaluations; times the middle one\n")
-    rows = [["method", "middle", *(f"{factor:g}" for factor in FACTORS)]]
-    for name, group in scans.items():
-        values = [number(energy(run), ".1e") for run in group]
-        rows.append([name, f"{METHODS[name].lr:g}", *values])
-    print(markdown(*rows))
-    file = run_file(out, ("fewstep", mixture)).with_suffix(".png")
-    draw(runs[: len(METHODS)], mixture).save(file)
-    print(f"\nwrote {file}")
+    made = lambda jobs: run_missing(out, jobs, work, steps, keys)
+    scans = scanned(problem, made)
+    best = {name: min(scan, key=scan.get) for name, scan in scans.items()}
+    runs = made([(problem, name, lr, seed) for seed in numbers for name, lr in best.items()])
+    groups = {name: [run["scores"][name] for run in teachers] for name in teachers[0]["scores"]}
+    for name in METHODS:
+        groups[name] = [run["scores"] for run in runs if run["job"][1] == name]
+    key, form = next(iter(METRICS[text].items()))
+    floor = mean_and_error([run["floor"][key] for run in teachers], form)
+    print(f"\n## {problem}\n\nThe teachers themselves, in 50 steps of Heun: {key} {floor}.\n")
+    print(tables(groups, text))
+    batch_size = preset("shapes student" if text else "toy2d student")["batch_size"]
+    print(f"\nThe scans on seed 0 ({key}), and costs:\n")
+    print(costs(scans, runs, form, pair_count(steps, batch_size)))
+    if not text:
+        file = run_file(out, ("fewstep", problem)).with_suffix(".png")
+        draw(runs[: len(METHODS)], problem).save(file)
+        print(f"\nwrote {file}")
 
 
 def run(
-    mixtures: Annotated[list[str], "of the toy"] = ("ring", "grid"),
-    seeds: Annotated[Count, "teachers, each with its students", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a student", 70, 10**6] = 8000,
+    problems: Annotated[list[str], "mixtures of the toy, or shapes"] = ("ring", "grid"),
+    seeds: Annotated[Count, "students of each method", 1, 1000] = 5,
+    steps: Annotated[Count | None, "of a student (default: its preset's)", 70, 10**6] = None,
     out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
 ) -> None:
-    _ = [load_mixture(name) for name in mixtures]
-    for mixture in mixtures:
-        study(mixture, seeds, steps, out)
+    for problem in problems:
+        if problem != "shapes":
+            load_mixture(problem)
+    out.mkdir(parents=True, exist_ok=True)
+    for problem in problems:
+        words = "shapes student" if problem == "shapes" else "toy2d student"
+        study(problem, seeds, steps or preset(words)["steps"], out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from perflow import PeRFlow, arrived
 from rf import Field, Objective, RectifiedFlow, Rows, expand, gaussian_like, solve
 from sample import Sampler
 from studies.runs import learned
+from train import learning_rate
 from training.options import Recipe
 
 PATH = RectifiedFlow()
@@ -100,14 +101,17 @@ class Skip(PeRFlow):
 # ---- Matching distributions: DMD and a plain GAN
 class Match(Objective):
     """One step, x = z - f(z, 1), and a critic: a second network that says where x should have gone.
-    In each step the critic learns twice from what f draws now; then its `push` of x, times
-    `weight`, makes the target. With pairs (z, t, target, *cond) of the teacher, half of the rows
-    are a regression on them."""
+    In each step the critic learns `updates` times, at the student's rate, from what f draws then;
+    after that its `push` of x, times `weight`, makes the target. With pairs (z, t, target, *cond)
+    of the teacher, half of the rows are a regression on them."""
 
-    def __init__(self, critic: nn.Module, lr: float, pairs: Rows | None = None, weight: float = 1):
+    def __init__(self, critic: nn.Module, recipe: Recipe, pairs=None, weight=1.0, updates=5):
         self.critic, self.pairs, self.weight = critic, pairs, weight
-        self.reuse = 2 if pairs else 1
-        self.optimizer = torch.optim.AdamW(critic.parameters(), lr, (0.0, 0.99), weight_decay=0)
+        self.reuse, self.updates, self.step = 2 if pairs else 1, updates, 0
+        self.rate = partial(learning_rate, recipe)
+        self.optimizer = torch.optim.AdamW(
+            critic.parameters(), betas=(0.0, 0.99), weight_decay=0, fused=True
+        )
 
     def examples(self, x0: Tensor, *cond: Tensor, generator=None) -> Rows:
         rows = gaussian_like(x0, generator), torch.ones(len(x0)), x0, *cond
@@ -119,13 +123,16 @@ class Match(Objective):
 
     def target(self, network: Field, average: Field, rows: Rows) -> Rows:
         noise, t, x0, *cond = (c[:: self.reuse] for c in rows)
-        goal = x = (noise - network(noise, t, *cond)).detach()
+        draw = lambda z: (z - network(z, t, *cond)).detach()
+        goal = x = draw(noise)
         if self.weight:
-            for _ in range(2):
+            self.optimizer.param_groups[0]["lr"] = self.rate(self.step)
+            for _ in range(self.updates):
                 self.optimizer.zero_grad()
-                self.critic_loss(x, x0, *cond).backward()
+                self.critic_loss(draw(torch.randn_like(noise)), x0, *cond).backward()
                 self.optimizer.step()
             goal = x + self.weight * self.push(x, *cond)
+        self.step += 1
         z, t, target, *all_cond = rows
         target = target.clone()
         target[:: self.reuse] = noise - goal
@@ -143,12 +150,12 @@ def noised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class DMD(Match):
     """Yin et al. 2023: the critic is a flow of what f draws, and x moves from the critic's x0_hat
-    to the teacher's. They divide the push by its mean over each picture; two coordinates are too
-    few for a mean, so we take the batch's. Without pairs it is close to SwiftBrush (Nguyen & Tran
-    2023), whose critic is a LoRA."""
+    to the teacher's. The push is divided by |x - x0_hat|, the teacher's, in the mean over a
+    picture; two coordinates are too few for a mean, so points have the batch's. Without pairs and
+    with five updates of the critic it is DMD2 (Yin et al. 2024) without its GAN."""
 
-    def __init__(self, teacher: Field, critic: nn.Module, lr: float, pairs=None, weight: float = 1):
-        super().__init__(critic, lr, pairs, weight)
+    def __init__(self, teacher: Field, *settings):
+        super().__init__(*settings)
         self.teacher = teacher
 
     def critic_loss(self, x: Tensor, x0: Tensor, *cond: Tensor) -> Tensor:
@@ -159,7 +166,8 @@ class DMD(Match):
     def push(self, x: Tensor, *cond: Tensor) -> Tensor:
         z, t, _ = noised(x)
         real, fake = (z - expand(t, z) * f(z, t, *cond) for f in (self.teacher, self.critic))
-        return (real - fake) / (x - real).abs().mean()
+        over = [*range(1, x.dim())] if x.dim() > 2 else [0, 1]
+        return (real - fake) / (x - real).abs().mean(over, keepdim=True)
 
 
 class PlainGAN(Match):
@@ -194,28 +202,30 @@ def student(objective, teacher: Sampler, data, recipe: Recipe) -> Students:
     return {n: model for n in COUNTS if n >= objective.fewest}
 
 
-def straightened(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """PeRFlow with what we add to it; K = 1 is reflow (InstaFlow)."""
-    objective = PeRFlow(flow(teacher), PATH, K, 32 // K, method="heun", reuse=16 // K)
+def straightened(K: int, times: int | None, teacher: Sampler, data, recipe: Recipe) -> Students:
+    """PeRFlow with what we add to it; K = 1 is reflow (InstaFlow), by its paper of uniform t."""
+    objective = PeRFlow(flow(teacher), PATH, K, 32 // K, times=times, method="heun", reuse=16 // K)
     return student(objective, teacher, data, recipe)
 
 
-def published(teacher: Sampler, data, recipe: Recipe) -> Students:
-    """PeRFlow, K = 4, by its code's rules for SD1.5: N = 1000 discrete times, and a solve of 8 DDIM
-    steps for each row. A row costs eight evaluations, so there is a quarter of the steps."""
+def published(N: int, teacher: Sampler, data, recipe: Recipe) -> Students:
+    """PeRFlow, K = 4, by its code's rules: N discrete times, and a solve of 8 DDIM steps for each
+    row. A row costs eight evaluations, so there is a quarter of the steps."""
     recipe = replace(recipe, steps=recipe.steps // 4)
-    return student(PeRFlow(flow(teacher), PATH, times=250), teacher, data, recipe)
+    return student(PeRFlow(flow(teacher), PATH, times=N // 4), teacher, data, recipe)
 
 
-def consistent(K: int, teacher: Sampler, data, recipe: Recipe) -> Students:
-    """The average gives the targets, so it is updated in every step: it lags by 1/(1 - decay)."""
-    objective = Skip(flow(teacher), windows=K, times=16 // K, method="heun")
-    return student(objective, teacher, data, replace(recipe, ema_every=1))
+def consistent(K: int, times: int | None, teacher: Sampler, data, recipe: Recipe) -> Students:
+    """The average gives the targets. Its decay is LCM's, 0.95 a step."""
+    objective = Skip(flow(teacher), windows=K, times=times, method="heun")
+    return student(objective, teacher, data, replace(recipe, ema_every=1, ema_decay=0.95))
 
 
-def progressive(teacher: Sampler, data, recipe: Recipe, first: int = 64) -> Students:
-    """Students of 64, 32, ..., 1 steps. Each learns two steps of the last one as one step, on new
-    data and noise. The first one learns 128 DDIM steps of the teacher; no other asks it."""
+def progressive(teacher: Sampler, data, recipe: Recipe) -> Students:
+    """Students of 64 (on pictures 8), ..., 2, 1 steps. Each learns two steps of the last one as one
+    step, on new data and noise. The first one learns DDIM steps of the teacher; no other asks it.
+    """
+    first = 8 if len(data.spec()["shape"]) > 1 else 64
     rounds, last, students = [first >> i for i in range(first.bit_length())], teacher, {}
     for n in rounds:
         field = flow(last)
@@ -249,35 +259,39 @@ def matched(pairs: bool, weight: float, teacher: Sampler, data, recipe: Recipe) 
     number = pair_count(recipe.steps, recipe.batch_size)
     rows = pairs_of(number, teacher, data, recipe) if pairs else None
     critic = copy.deepcopy(teacher.network).requires_grad_(True)
-    objective = DMD(flow(teacher), critic, recipe.lr, rows, weight)
+    objective = DMD(flow(teacher), critic, recipe, rows, weight)
     return {1: learned(data, recipe, objective, teacher)}
 
 
 def plain_gan(teacher: Sampler, data, recipe: Recipe) -> Students:
     torch.manual_seed(recipe.seed)
     critic = data.network(data.spec(), recipe)
-    return {1: learned(data, recipe, PlainGAN(critic, recipe.lr / 4), teacher)}
+    objective = PlainGAN(critic, replace(recipe, lr=recipe.lr / 4), updates=2)
+    return {1: learned(data, recipe, objective, teacher)}
 
 
 @dataclass
 class Method:
     train: Callable[..., Students]
     networks: str  # held in training, beside the student and its average
-    lr: float = 8e-3  # the middle of its scan
+    lr: float  # the middle of its scan on points
     pairs: bool = False  # whether it stores solves of the teacher from noise to data
 
 
 METHODS = {
-    "consistency": Method(partial(consistent, 1), "teacher"),
-    "consistency, K = 2": Method(partial(consistent, 2), "teacher"),
-    "consistency, K = 4": Method(partial(consistent, 4), "teacher", 2e-3),
-    "progressive": Method(progressive, "last student", 1.6e-2),
-    "DMD": Method(partial(matched, True, 0.1), "teacher, critic", pairs=True),
-    "its pairs alone": Method(partial(matched, True, 0.0), "–", pairs=True),
-    "DMD without pairs": Method(partial(matched, False, 1.0), "teacher, critic", 6e-5),
-    "plain GAN": Method(plain_gan, "critic"),
-    "reflow": Method(partial(straightened, 1), "teacher", 1.6e-2),
-    "PeRFlow as published": Method(published, "teacher"),
-    "PeRFlow, K = 2": Method(partial(straightened, 2), "teacher"),
-    "PeRFlow, K = 4": Method(partial(straightened, 4), "teacher"),
+    "consistency": Method(partial(consistent, 1, 16), "teacher", 8e-3),
+    "consistency, uniform t": Method(partial(consistent, 1, None), "teacher", 8e-3),
+    "consistency, K = 4": Method(partial(consistent, 4, 4), "teacher", 2e-3),
+    "progressive": Method(progressive, "last student", 8e-3),
+    "DMD": Method(partial(matched, True, 4.0), "teacher, critic", 1e-3, pairs=True),
+    "DMD, push 0.1 : 1": Method(partial(matched, True, 0.1), "teacher, critic", 4e-3, pairs=True),
+    "its pairs alone": Method(partial(matched, True, 0.0), "–", 8e-3, pairs=True),
+    "DMD2 without its GAN": Method(partial(matched, False, 1.0), "teacher, critic", 2.5e-4),
+    "plain GAN": Method(plain_gan, "critic", 8e-3),
+    "reflow": Method(partial(straightened, 1, 4), "teacher", 8e-3),
+    "reflow, uniform t": Method(partial(straightened, 1, None), "teacher", 8e-3),
+    "PeRFlow, K = 2": Method(partial(straightened, 2, 4), "teacher", 8e-3),
+    "PeRFlow, K = 4": Method(partial(straightened, 4, 4), "teacher", 8e-3),
+    "PeRFlow, N = 1000": Method(partial(published, 1000), "teacher", 8e-3),
+    "PeRFlow, N = 40": Method(partial(published, 40), "teacher", 8e-3),
 }

@@ -6,20 +6,24 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from data.shapes import Shapes
 from data.toy import Toy
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
-from studies import fewshapes, fewstep, rivals, runs
+from studies import fewstep, rivals, runs
 from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
+from studies.runs import judged
 from toy2d import load_mixture
+from train import learning_rate
 from training import options
-from training.options import Recipe, preset
+from training.options import Recipe
 
 MEAN, STD = torch.tensor([0.5, -1.0]), 0.4
 
@@ -143,7 +147,7 @@ def test_progressive_students_see_data_of_their_own(start, monkeypatch):
         seeds.append(recipe.seed), last
     )[1])  # fmt: skip
     rivals.progressive(*start)
-    assert len({*seeds}) == len(seeds) == 7
+    assert len({*seeds}) == len(seeds) == 7  # students of 64, 32, ..., 1 steps
 
 
 def test_progressive_rows_lie_on_edges_and_meet_in_the_middle():
@@ -178,6 +182,9 @@ def test_a_windows_last_step_draws_nothing_into_it():
 
 
 # ---- Matching distributions
+ONE_RATE = Recipe(steps=1000, lr=1e-3, warmup=0)
+
+
 def test_dmd_pushes_from_what_is_drawn_to_what_the_teacher_draws():
     """Both are Gaussians of one width: x0_hat differs by the distance of the means, times the share
     of the mean in it, b^2/(a^2 std^2 + b^2)."""
@@ -185,7 +192,7 @@ def test_dmd_pushes_from_what_is_drawn_to_what_the_teacher_draws():
     critic = torch.nn.Module()
     critic.forward = lambda z, t: velocity(z - (1 - expand(t, z)) * away, t) - away
     critic.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
-    dmd = DMD(velocity, critic, 1e-3)
+    dmd = DMD(velocity, critic, ONE_RATE)
     x = MEAN + away + STD * normal(64)
     torch.manual_seed(3)
     push = dmd.push(x)
@@ -198,6 +205,18 @@ def test_dmd_pushes_from_what_is_drawn_to_what_the_teacher_draws():
     assert t.min() >= 0.02 and t.max() <= 0.98
 
 
+def test_dmds_push_is_divided_by_each_pictures_own_mean():
+    x = normal(4 * 3 * 5).reshape(2, 3, 4, 5)  # x, pictures of two sizes of error
+    dmd = DMD(lambda z, t: 0 * z, torch.nn.Linear(1, 1), ONE_RATE)
+    dmd.critic = lambda z, t: torch.ones_like(z)
+    torch.manual_seed(3)
+    push = dmd.push(x)
+    torch.manual_seed(3)
+    z, t, _ = rivals.noised(x)
+    means = torch.stack([(a - b).abs().mean() for a, b in zip(x, z, strict=True)])
+    torch.testing.assert_close(push, expand(t / means, z).expand_as(z))
+
+
 def test_dmds_critic_learns_the_flow_of_what_is_drawn():
     """Its loss is smallest for the flow of x itself."""
     x = MEAN + STD * normal(20_000)
@@ -205,7 +224,7 @@ def test_dmds_critic_learns_the_flow_of_what_is_drawn():
     for name, field in (("own", velocity), ("other", lambda z, t: velocity(z - 0.3, t))):
         torch.manual_seed(0)
         critic = torch.nn.Linear(1, 1)
-        dmd = DMD(None, critic, 1e-3)
+        dmd = DMD(None, critic, ONE_RATE)
         dmd.critic = field
         losses[name] = dmd.critic_loss(x, None)
     assert losses["own"] < 0.98 * losses["other"]
@@ -222,7 +241,7 @@ def test_the_plain_gan_pushes_towards_what_the_critic_takes_for_data():
     torch.manual_seed(0)
     critic, x = Score(2, 2), normal(7)
     torch.manual_seed(5)
-    push = PlainGAN(critic, 1e-3).push(x)
+    push = PlainGAN(critic, ONE_RATE).push(x)
     torch.manual_seed(5)
     z, t, _ = rivals.noised(x)
     said = critic(z, t).mean(1, keepdim=True)
@@ -233,7 +252,7 @@ def test_the_plain_gan_pushes_towards_what_the_critic_takes_for_data():
 def test_the_critic_learns_to_tell_data():
     torch.manual_seed(0)
     critic = Score(2, 1)
-    objective = PlainGAN(critic, 0.05)
+    objective = PlainGAN(critic, replace(ONE_RATE, lr=0.05), updates=2)
     network = lambda z, t: z - z * 0.1 - 2  # draws x = 0.1 z + 2
     for seed in range(60):
         rows = objective.examples(
@@ -253,7 +272,7 @@ class Pushed(Match):
 def test_a_judged_rows_target_moves_x_and_a_pair_keeps_its_own():
     pairs = normal(30, 1), torch.ones(30), normal(30, 2)
     field = lambda z, t: 0.5 * z
-    objective = Pushed(torch.nn.Linear(1, 1), 1e-3, pairs, weight=2)
+    objective = Pushed(torch.nn.Linear(1, 1), ONE_RATE, pairs, weight=2)
     z, t, x0 = objective.examples(normal(8, 3), generator=torch.Generator().manual_seed(0))
     assert len(z) == 16 and torch.equal(x0[::2], normal(8, 3)) and (t == 1).all()
     rows = [(z_ == pairs[0]).all(1).nonzero().item() for z_ in z[1::2]]
@@ -261,8 +280,32 @@ def test_a_judged_rows_target_moves_x_and_a_pair_keeps_its_own():
     _, _, target = objective.target(field, None, (z, t, x0))
     assert torch.equal(target[1::2], x0[1::2])
     torch.testing.assert_close(z[::2] - target[::2], z[::2] - field(z[::2], t) + 2 * 0.25)
-    alone = Pushed(torch.nn.Linear(1, 1), 1e-3)
+    alone = Pushed(torch.nn.Linear(1, 1), ONE_RATE)
     assert alone.reuse == 1 and len(alone.examples(normal(8))[0]) == 8
+
+
+class Watched(Match):
+    """What the critic is shown, and at which rate."""
+
+    seen: list
+
+    def critic_loss(self, x, x0):
+        self.seen.append((x, self.optimizer.param_groups[0]["lr"]))
+        return self.critic.weight.sum()
+
+    push = lambda self, x: torch.zeros_like(x)
+
+
+def test_the_critic_learns_five_times_from_new_draws_at_the_students_rate():
+    recipe = Recipe(steps=4, lr=1e-3, warmup=0, decay=True)
+    objective, z = Watched(torch.nn.Linear(1, 1), recipe), normal(6)
+    objective.seen = []
+    for _ in range(4):
+        objective.target(lambda z, t: 0 * z, None, (z, torch.ones(6), z))
+    xs, rates = zip(*objective.seen, strict=True)
+    assert len({x.sum().item() for x in (*xs, z)}) == 21
+    assert rates == pytest.approx([learning_rate(recipe, i // 5) for i in range(20)])
+    assert rates[0] == 1e-3 and rates[-1] < 2e-4
 
 
 def test_pairs_leave_out_a_solve_that_runs_away(start, monkeypatch):
@@ -307,7 +350,7 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
     students = METHODS[name].train(teacher, data, replace(recipe, block=1))
     assert all(torch.equal(w, before[key]) for key, w in teacher.network.state_dict().items())
     rows = 28 * 64
-    fewer = {"its pairs alone": 1.5, "DMD without pairs": 1, "plain GAN": 0}
+    fewer = {"its pairs alone": 1.5, "DMD2 without its GAN": 1, "plain GAN": 0}
     share = fewer.get(name, 2)
     ahead = 64 * 2 * 7  # one block is drawn in advance, of each round
     assert share * rows <= sum(counted) <= share * rows + ahead
@@ -318,76 +361,98 @@ def test_every_method_has_the_same_evaluations_of_its_teacher(name, start, monke
     assert list(students) == [n for n in able if n >= min(students)]
 
 
-def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def little(monkeypatch):
+    """A study of little runs, in threads: what is measured, not how well."""
+    pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     monkeypatch.setitem(runs.TOY, "steps", 30)
+    for key, value in dict(depth=1, steps=2, precision="fp32", muon=0.0).items():
+        monkeypatch.setitem(runs.SHAPES, key, value)
+    monkeypatch.setitem(options.PRESETS, "shapes student", dict(batch_size=16, block=1, lr=1e-3))
+    monkeypatch.setattr(fewstep, "judged", lambda draw, scan: judged(draw, scan, 2, 2))
     monkeypatch.setattr(fewstep, "yardsticks", lambda draw, mixture: dict(
-        energy=draw(normal(20)).mean().item(), outliers=0.5
+        energy=draw(normal(20)).square().mean().item(), outliers=0.5, total_variation=0.1
     ))  # fmt: skip
+
+
+def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, little, monkeypatch, capsys):
     base = fewstep.untrained("ring", "teacher", 0, 14, tmp_path)
-    assert math.isfinite(base["floor"])
+    assert math.isfinite(base["floor"]["energy"])
     assert (tmp_path / "ring-0.pt").exists()
-    assert list(base["scores"]["RK4"]) == ["4", "8"] and list(base["scores"]["Heun"]) == [
-        "2",
-        "4",
-        "8",
-    ]
+    counts = {name: [*base["scores"][name]] for name in ("RK4", "Heun", "ab2")}
+    assert counts == dict(RK4=["4", "8"], Heun=["2", "4", "8"], ab2=["1", "2", "4", "8"])
     kept = tmp_path / "damaged-0.pt"
     for content in (b"", {"input.weight": 3}, [1]):
         torch.save(content, kept) if content else kept.write_bytes(content)
         kept.replace(runs.run_file(tmp_path, ("grid", 0)).with_suffix(".pt"))
         with pytest.raises(ValueError, match=r"grid-0.pt is damaged or no teacher of this study"):
             fewstep.teacher_of("grid", 0, tmp_path)
-    euler = fewstep.teacher_of("ring", 0, tmp_path).sample(normal(20), steps=8).mean().item()
-    assert base["scores"]["Euler (DDIM)"]["8"]["energy"] == pytest.approx(euler, rel=1e-4)
-    run = fewstep.trained("ring", "PeRFlow, K = 2", 1e-3, 0, 14, tmp_path)
-    assert list(run["scores"]) == ["2", "4", "8"] and len(run["samples"]) == 1000
-    made = [run | dict(job=["ring", name, 1e-3, 0], steps=14) for name in METHODS]
-    text = fewstep.table([base], made)
-    assert "| RK4 | – | – |" in text and "| 0.001 |" in text
-    assert len(fewstep.draw(made, "ring").getcolors(1 << 20)) > 50
+    euler = fewstep.teacher_of("ring", 0, tmp_path).sample(normal(20), steps=8).square().mean()
+    assert base["scores"]["Euler (DDIM)"]["8"]["energy"] == pytest.approx(euler.item(), rel=1e-4)
     own = tmp_path / "own.json"
     own.write_text(json.dumps(load_mixture("grid").spec()))
     (tmp_path / "out").mkdir()
     fewstep.teacher_of(str(own), 0, tmp_path / "out")
     assert len([*(tmp_path / "out").iterdir()]) == 1  # whatever the mixture's file is called
+    few = {name: METHODS[name] for name in ("progressive", "reflow", "PeRFlow, K = 2")}
+    monkeypatch.setattr(fewstep, "METHODS", few)
+    fewstep.run(["ring"], 2, 70, tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert "| RK4 | – | – |" in said and "0.0e+00 ± 0.0e+00" in said  # the best less itself
+    assert len(Image.open(tmp_path / "runs" / "fewstep-ring.png").getcolors(1 << 20)) > 50
+    made = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*.json")]
+    scans = [run for run in made if run["job"][3:] == [0]]
+    assert all(len(run["scores"]) == 1 for run in scans) and 9 <= len(scans) <= 15
+    assert sorted({run["job"][-1] for run in made}) == [0, 1, 2]
 
 
-def test_shapes_runs_are_of_their_teacher(start, tmp_path, monkeypatch):
-    """Another checkpoint's results are never told as this one's."""
-    teacher, *_ = start
-    monkeypatch.setattr(fewshapes.sample, "load", lambda file: teacher)
-    with pytest.raises(ValueError, match="is of toy2d, not of shapes"):
-        fewshapes.run("x.pt")
-    teacher.config["dataset"], asked = "shapes", []
-    told = dict(job=["", "DMD", 1e-3, 0], scores={"1": [0.5, 0.25]}, seconds=3.0)
-    monkeypatch.setattr(
-        fewshapes, "run_missing", lambda out, jobs, *how: asked.append(jobs) or [told]
-    )
-    for _ in range(2):
-        fewshapes.run("x.pt", out=tmp_path)
-        next(teacher.network.parameters()).data += 1
-    (one, *rest), (other, *_) = asked
-    assert len(rest) == len(METHODS) and one[1:] == other[1:] and one[0] != other[0]
+def test_a_scan_goes_on_while_its_best_rate_is_at_an_end(monkeypatch):
+    best = {"flat at the top": 1.0, "low": 1e-9}
+    monkeypatch.setattr(fewstep, "METHODS", dict.fromkeys(best, SimpleNamespace(lr=1.0)))
+    score = lambda name, lr: abs(math.log(lr / best[name]))
+    made = lambda jobs: [
+        dict(job=job, scores={"1": {"energy": score(*job[1:3])}, "4": {"energy": 0}})
+        for job in jobs
+    ]
+    scans = fewstep.scanned("ring", made)
+    assert sorted(scans["flat at the top"]) == [0.5, 1, 2]
+    assert sorted(scans["low"]) == [0.12, 0.25, 0.5, 1, 2]  # five, then it ends
 
 
-@pytest.mark.parametrize("name", ["teacher", "DMD", "plain GAN", "progressive", "PeRFlow, K = 2"])
-def test_a_method_on_shapes(name, monkeypatch):
+def test_paired_differences_by_hand(monkeypatch):
+    of = lambda *values: [{"1": dict(energy=v, total_variation=0, outliers=0)} for v in values]
+    groups = {"Euler (DDIM)": of(9, 9), "reflow": of(1, 3), "DMD": of(2, 5)}
+    monkeypatch.setattr(fewstep, "COUNTS", (1,))
+    said = fewstep.tables(groups, text=False)
+    rows = [line for line in said.splitlines() if line.startswith("| DMD")]
+    assert rows[0].startswith("| DMD | 3.5e+00 ± 1.5e+00 |")
+    assert rows[-1].startswith("| DMD | 1.5e+00 ± 5.0e-01 |")  # of 1 and 2, not of 3.5 and 2
+
+
+@pytest.mark.parametrize("name", ["DMD", "plain GAN", "progressive", "PeRFlow, K = 2"])
+def test_a_method_on_shapes(name, little, tmp_path, monkeypatch):
     """With its captions, and the teacher's guidance in every field that is learned from."""
-    monkeypatch.setitem(options.PRESETS, "shapes student", dict(batch_size=16, block=1))
-    recipe = Recipe(**preset("shapes") | dict(depth=1, precision="fp32"))
-    spec = Shapes(Shapes.Options()).spec()
-    network = Shapes.network(spec, recipe).requires_grad_(False)
-    config = vars(recipe) | dict(dataset="shapes", spec=spec)
-    monkeypatch.setattr(
-        fewshapes.sample, "load", lambda file: Sampler(network, formulation("rf"), config)
-    )
-    right = Shapes.right
-    few = lambda model, n, new, steps: right(model, 2, new, steps=steps)
-    monkeypatch.setattr(Shapes, "right", staticmethod(few))
+    teacher = fewstep.teacher_of("shapes", 5, tmp_path)
+    monkeypatch.setattr(fewstep, "teacher_of", lambda *job: teacher)
     scales, guided = set(), Sampler.guided
-    spy = lambda self, cfg=1.0: (scales.add((self.network is network, cfg)), guided(self, cfg))[1]
+    spy = lambda self, cfg=1.0: (
+        scales.add((self.network is teacher.network, cfg)),
+        guided(self, cfg),
+    )[1]
     monkeypatch.setattr(Sampler, "guided", spy)
-    run = fewshapes.painted("shapes", name, 1e-3, 0, 7, None)
-    assert all(0 <= share <= 1 for pair in run["scores"].values() for share in pair)
+    run = fewstep.trained("shapes", name, 1e-3, 1, 7, tmp_path)
+    assert all(0 <= scores["wrong"] <= 1 for scores in run["scores"].values())
     assert ((True, 3.0) in scales) == (name != "plain GAN") and (True, 1.0) not in scales
-    assert f"| {name} |" in fewshapes.table([run | dict(job=["shapes", name])])
+
+
+def test_the_untrained_rows_of_shapes(little, tmp_path):
+    """One teacher for all seeds; the data are right, and the exact field is in four steps."""
+    run = fewstep.untrained("shapes", "teacher", 0, 7, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["shapes-0.pt"]
+    scores = run["scores"]
+    assert scores["the data"]["1"]["wrong"] == 0 == scores["the data"]["1"]["distance"]
+    exact = scores["exact field: Euler (DDIM)"]
+    assert exact["4"]["wrong"] == 0 and exact["4"]["distance"] < 0.01 < exact["1"]["distance"]
+    guided = scores["exact field, guidance 3: Euler (DDIM)"]
+    assert guided["2"]["distance"] > exact["2"]["distance"]

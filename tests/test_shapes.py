@@ -20,6 +20,8 @@ from data.shapes import CAPTIONS, NEW, PAIRS, UNSEEN, VOCABULARY, Shapes
 from rf import EDM, Cosine, RectifiedFlow, expand, formulation, guide, solve
 from training.options import Recipe
 
+ONE, TWO = "a red circle", "a yellow cross right of a blue square"
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -193,13 +195,67 @@ def test_the_reader_finds_the_nearest_picture():
             alone[rows, columns] = values.max(0)
     totals = torch.stack([sum(alone[z].values for z in zones) for zones in shapes.LAYOUTS.values()])
     best = totals.max(0)
-    captions, distance = shapes.nearest(x0)
+    captions, distance, _ = shapes.nearest(x0)
     expected = ((d**2).flatten(1).sum(1) - best.values) / d[0].numel()
     torch.testing.assert_close(distance**2, expected, rtol=1e-4, atol=1e-5)
     for i, k in enumerate(best.indices.tolist()):
         zones = [*shapes.LAYOUTS.values()][k]
         objects = [PAIRS[alone[z].indices[i]] for z in zones]
         assert captions[i] == shapes.phrase([*shapes.LAYOUTS][k], *objects)
+
+
+def placed(caption, first, second):
+    """Pictures of two objects at these places of their zones, drawn one by one."""
+    layout, objects = CAPTIONS[caption]
+    x0 = []
+    for numbers in zip(first, second, strict=True):
+        picture = torch.ones(3, 32, 32)
+        for (rows, columns), (colour, shape), n in zip(
+            shapes.LAYOUTS[layout], objects, numbers, strict=True
+        ):
+            row, column = rows[0] + n // columns[1], columns[0] + n % columns[1]
+            mask = shapes.placed_masks()[[*shapes.SHAPES].index(shape), row, column]
+            colour = torch.tensor(shapes.COLOURS[colour])[:, None, None]
+            picture = mask * (2 * colour - 1) + (1 - mask) * picture
+        x0.append(picture)
+    return torch.stack(x0)
+
+
+@pytest.mark.parametrize("caption", [TWO, "a black cross below a yellow circle"])
+def test_diversity_by_hand(caption):
+    every = [*itertools.product(range(32), repeat=2)]
+    free = placed(caption, *zip(*every[::3], strict=True))
+    expected = torch.tensor(every[::3])
+    if caption == TWO:
+        assert torch.equal(shapes.nearest(free)[2], expected)
+    same = lambda **found: pytest.approx(found, abs=1e-9)
+    found = lambda *at: {
+        key: x
+        for key, x in shapes.diversity(caption, placed(caption, *at)).items()
+        if key != "floor"
+    }
+    once = found(*zip(*every, strict=True))
+    assert abs(once.pop("mutual")) > 0.1  # a plain grid is less than chance
+    assert once == same(tv=0, chi2=0, same=0)
+    tied = found(range(32), range(32))
+    assert tied == same(tv=0, chi2=0, mutual=0, same=0)  # no two are alike: shuffling changes none
+    tied = found(4 * [*range(32)], 4 * [*range(32)])
+    assert tied["mutual"] > 1 and tied["same"] == pytest.approx(32 * 4 * 3 * 1024 / (128 * 127))
+    collapsed = found([5] * 10, [7] * 10)
+    assert collapsed == same(tv=31 / 32, chi2=10, mutual=0, same=32**2)
+    other = shapes.render("a red circle")
+    assert shapes.diversity(caption, torch.stack([*free, other])) == shapes.diversity(caption, free)
+    assert all(map(math.isnan, shapes.diversity(caption, torch.stack([other] * 2)).values()))
+
+
+def test_true_pictures_have_the_floors_in_the_mean():
+    """Of 40 draws of 64 pictures, within four standard errors."""
+    rows = torch.full((64,), shapes.row_of(TWO))
+    draws = [shapes.diversity(TWO, shapes.paint(rows, seeded(i))) for i in range(40)]
+    for key, mean in dict(tv=draws[0]["floor"], chi2=1, mutual=0, same=1).items():
+        values = torch.tensor([d[key] for d in draws])
+        assert abs(values.mean() - mean) < 4 * values.std() / 40**0.5, key
+        assert values.std() > 0
 
 
 def test_verdicts_by_hand():
@@ -257,9 +313,6 @@ def noised(caption, t, path, n=1, seed=0):
     return path.interpolate(x0, torch.randn(x0.shape, generator=g, dtype=torch.float64), t)
 
 
-ONE, TWO = "a red circle", "a yellow cross right of a blue square"
-
-
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(), EDM()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("given", [ONE, TWO, "a purple triangle below a black circle"])
 def test_the_posterior_equals_brute_force_over_all_pictures(given, path):
@@ -315,7 +368,7 @@ def test_samples_of_the_exact_field_are_true_pictures(pictures):
     for x in (x0, free):  # the nearest picture, to rounding
         given = shapes.conditions_of(rows) if x is x0 else []
         torch.testing.assert_close(shapes.posterior(x, 0.0, RectifiedFlow(), *given)[1], x)
-    captions, distance = shapes.nearest(free)
+    captions, distance, _ = shapes.nearest(free)
     assert distance.max() < 1e-3 and len(set(captions)) > 15
     assert not NEW[[shapes.row_of(caption) for caption in captions]].any()
 
