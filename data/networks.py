@@ -4,6 +4,7 @@ A network takes texts as `MMDiT.forward` does; `ClassMMDiT` gives labels to it. 
 to NETWORKS: its class is built with `depth` and what `Data.arguments` says of the data.
 Read next: `data/base.py`."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit import HEAD_DIM, MMDiT, StreamBlock, attend, modulate
+from rf import InputError
 from toy2d import MLP
 
 CHECKPOINTED = 30  # networks this deep compute activations again, to need less memory
@@ -79,26 +81,56 @@ class CrossDiT(MMDiT):
             nn.init.zeros_(block.proj.weight)
 
 
-class SkipDiT(MMDiT):
-    """A DiT with skips, zero at first, from each block of the first half to its mirror image.
-    (SD3's UViT is a U-Net with a transformer in it; that of Bao et al. concatenates its skips.)"""
+class ResBlock(nn.Module):
+    """Two convolutions of 3 x 3, each after a norm of a token's channels; c modulates the second
+    one, as adaLN does. It starts as the identity, or as the change of channels."""
 
-    def __init__(self, depth: int, **shape):
-        super().__init__(depth, **shape, shared=True)
-        self.skips = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(depth // 2))
-        for p in self.skips.parameters():
-            nn.init.zeros_(p)
+    def __init__(self, inputs: int, outputs: int, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * outputs))
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B,inputs,H,W), c (B,D) -> (B,outputs,H,W)."""
+        normed = lambda y, *mods: modulate(y.movedim(1, -1).flatten(1, 2), *mods)
+        convolved = lambda conv, y: conv(F.silu(y).mT.unflatten(-1, x.shape[2:]))
+        still = torch.zeros((), device=x.device)
+        y = convolved(self.first, normed(x, still, still))
+        y = normed(y, *self.adaLN_modulation(c)[:, None].chunk(2, dim=-1))
+        return self.shortcut(x) + convolved(self.second, y)
+
+
+class UViT(MMDiT):
+    """That of SD3's figure 4, from Hoogeboom et al. 2023: a U-Net whose lowest level is a
+    transformer, a DiT here. One level above it has patches of half the side, half the width, a
+    ResBlock before and one after, and the skip between them, concatenated. Square pictures."""
+
+    def __init__(self, depth: int, patch_size: int = 2, pos_embed_max_size: int = 192, **shape):
+        if patch_size % 2:
+            raise InputError(f"uvit halves the patches, and their side is {patch_size}")
+        sizes = dict(patch_size=patch_size // 2, pos_embed_max_size=2 * pos_embed_max_size)
+        super().__init__(depth, **sizes, **shape, shared=True)
+        D, half = self.width, self.width // 2
+        self.narrow, self.down = nn.Conv2d(D, half, 1), nn.Conv2d(half, D, 2, stride=2)
+        self.before, self.after = ResBlock(half, half, D), ResBlock(D, half, D)
+        self.up, self.wide = nn.Conv2d(D, half, 1), nn.Conv2d(half, D, 1)
+        for name, layer in self.named_modules():
+            self.initialize_layer(name, layer)
+        for block in (self.before, self.after):
+            nn.init.zeros_(block.second.weight)
 
     def mixed(self, c: Tensor, context: Tensor, x: Tensor) -> Tensor:
-        """c (B,D), context (B,L,D), x (B,N,D) -> x after all blocks."""
-        tokens, outputs = torch.cat([context, x], dim=1), []  # (B,L+N,D), then after each block
-        for i, block in enumerate(self.joint_blocks):
-            mirror = len(self.joint_blocks) - 1 - i
-            if mirror < i:
-                tokens = tokens + self.skips[mirror](outputs[mirror])
-            tokens = self.computed(block, c, tokens)
-            outputs.append(tokens)
-        return tokens[:, context.shape[1] :]
+        """c (B,D), context (B,L,D), x (B,4N,D) of a square -> x after all levels."""
+        side = math.isqrt(x.shape[1])
+        if side**2 != x.shape[1] or side % 2:
+            raise InputError(f"uvit takes squares of whole patches, not {x.shape[1] / 4:g} patches")
+        x = self.before(self.narrow(x.mT.unflatten(-1, (side, side))), c)  # (B,D/2,side,side)
+        low = self.down(x).flatten(2).mT  # (B,N,D)
+        low = super().mixed(c, context, low).mT.unflatten(-1, (side // 2, side // 2))
+        up = F.interpolate(self.up(low), scale_factor=2.0)
+        return self.wide(self.after(torch.cat([up, x], dim=1), c)).flatten(2).mT
 
 
 # ---- The table
@@ -119,5 +151,5 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mmdit": of_texts_or_labels(MMDiT),
     "dit": of_texts_or_labels(partial(MMDiT, shared=True)),
     "crossdit": of_texts_or_labels(CrossDiT),
-    "skipdit": of_texts_or_labels(SkipDiT),
+    "uvit": of_texts_or_labels(UViT),
 }

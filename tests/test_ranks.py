@@ -14,7 +14,7 @@ from ranks import TINY, quick
 
 import sample
 from data.latents import Latents
-from data.networks import ClassMMDiT, CrossDiT, SkipDiT
+from data.networks import ClassMMDiT, CrossDiT, UViT
 from mmdit import MMDiT
 from toy2d import MLP
 from training import ranks as parallel
@@ -99,7 +99,7 @@ class Zeroed(MLP):
 TEXTS = dict(in_channels=3, patch_size=2, pos_embed_max_size=4, context_dim=5, pooled_dim=6)
 BUILDERS = {
     "a zero start and a bare weight": Zeroed,
-    "skips": lambda: SkipDiT(3, **TEXTS),
+    "uvit": lambda: UViT(3, **TEXTS),
     "crossdit": lambda: CrossDiT(2, **TEXTS),
     "MLP": lambda: MLP(8),
     "classes": lambda: ClassMMDiT(3, 2, in_channels=4, patch_size=2, pos_embed_max_size=4),

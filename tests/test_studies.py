@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sample
 import toy2d
-from data.networks import CrossDiT, SkipDiT
+from data.networks import CrossDiT, ResBlock, UViT
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
 from rf import STUDY, formulation
@@ -226,31 +226,56 @@ def inputs():
     return draw(2, 3, 32, 32), torch.tensor([0.2, 0.7]), draw(2, 8, 5), draw(2, 6)
 
 
-def test_without_its_skips_a_dit_with_skips_is_a_dit_and_with_them_is_not():
-    skip_dit, dit = (random_network(SkipDiT, 5), random_network(partial(MMDiT, shared=True), 5))
-    dit.load_state_dict({k: w for k, w in skip_dit.state_dict().items() if "skips" not in k})
-    assert len(skip_dit.skips) == 2
-    difference = lambda: (skip_dit(*inputs()) - dit(*inputs())).abs().max()
-    assert difference() > 1e-3
-    for skip in skip_dit.skips:
-        torch.nn.init.zeros_(skip.weight), torch.nn.init.zeros_(skip.bias)
-    assert difference() == 0
-    fresh = SkipDiT(3, context_dim=5, pooled_dim=6)
-    assert all((skip.weight == 0).all() for skip in fresh.skips)
+def test_a_res_block_by_hand():
+    """Against PyTorch's own norm over channels, convolutions and modulation."""
+    torch.manual_seed(0)
+    block, x, c = ResBlock(6, 4, 5), torch.randn(2, 6, 3, 3), torch.randn(2, 5)
+    spread = lambda y: (y.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    norm = lambda y: (y - y.mean(1, keepdim=True)) / spread(y)
+    silu = torch.nn.functional.silu
+    y = block.first(silu(norm(x)))
+    shift, scale = block.adaLN_modulation(c)[:, :, None, None].chunk(2, 1)
+    y = block.second(silu(norm(y) * (1 + scale) + shift))
+    torch.testing.assert_close(block(x, c), block.shortcut(x) + y)
+    assert block.shortcut.kernel_size == (1, 1) and ResBlock(4, 4, 5).shortcut(x) is x
 
 
-def test_the_skips_join_mirror_images():
-    """With blocks that only add their number, the last one sees x + the first one's output."""
-    skip_dit, seen = random_network(SkipDiT, 5), []
-    for skip in skip_dit.skips:
-        torch.nn.init.eye_(skip.weight), torch.nn.init.zeros_(skip.bias)
-    del skip_dit.joint_blocks
-    add = lambda i: lambda c, x: (seen.append(x[0, 0, 0].item()), x + 10**i)[1]
-    skip_dit.joint_blocks = [add(i) for i in range(5)]
-    x = skip_dit.mixed(None, torch.zeros(1, 2, 320), torch.zeros(1, 3, 320))
-    # in: 0, 1, 11, then 111 + 11 from block 1, then 1122 + 1 from block 0
-    assert seen == [0, 1, 11, 122, 1123]
-    assert x.shape == (1, 3, 320) and (x == 11123).all()
+def test_a_uvit_by_hand():
+    """Its levels, with the grid's rows and columns written out."""
+    uvit = random_network(UViT)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    c, context, x = draw(2, 128), draw(2, 8, 128), draw(2, 64, 128)
+    narrow = lambda layer, y: y @ layer.weight.flatten(1).T + layer.bias  # of tokens
+    grid = lambda y: torch.stack([y[:, 8 * i : 8 * i + 8] for i in range(8)], dim=1).movedim(-1, 1)
+    fine = uvit.before(grid(narrow(uvit.narrow, x)), c)  # (2,64,8,8)
+    patches = [fine[:, :, i : i + 2, j : j + 2] for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    low = torch.stack([p.flatten(1) for p in patches], dim=1)
+    low = low @ uvit.down.weight.flatten(1).T + uvit.down.bias
+    tokens = torch.cat([context, low], dim=1)
+    for block in uvit.joint_blocks:
+        tokens = block(c, tokens)
+    up = narrow(uvit.up, tokens[:, 8:])
+    up = torch.stack([up[:, i // 2 * 4 + j // 2] for i in range(8) for j in range(8)], dim=1)
+    out = uvit.after(torch.cat([grid(up), fine], dim=1), c).flatten(2).mT
+    expected = narrow(uvit.wide, out)
+    torch.testing.assert_close(uvit.mixed(c, context, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_uvit_starts_with_nothing_of_its_text_and_learns_from_it():
+    fresh = UViT(2, in_channels=3, patch_size=8, pos_embed_max_size=4, context_dim=5, pooled_dim=6)
+    z, t, context, pooled = inputs()
+    assert fresh(z, t, context, pooled).abs().max() == 0
+    x, c = torch.randn(2, 64, 8, 8), torch.randn(2, 128)
+    assert torch.equal(fresh.before(x, c), x)
+    random = random_network(UViT)
+    out = random(z, t, context, pooled)
+    assert out.shape == z.shape
+    assert (out - random(z, t, 2 * context, pooled)).abs().max() > 1e-3
+    for side in (24, 20):
+        with pytest.raises(ValueError, match="uvit takes squares|not divisible"):
+            random(z[..., :side], t, context, pooled)
+    with pytest.raises(ValueError, match="halves the patches, and their side is 1"):
+        UViT(2, patch_size=1)
 
 
 def test_a_cross_block_by_hand():
