@@ -189,13 +189,19 @@ class MLP(nn.Module):
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """2 E|x-y| - E|x-x'| - E|y-y'| of (n,2) and (m,2), without bias. So it may be below 0."""
     n, m = len(x), len(y)
-    return 2 * _total(x, y) / (n * m) - _total(x, x) / (n * (n - 1)) - _total(y, y) / (m * (m - 1))
+    return 2 * _total(x, y) / (n * m) - _within(x) / (n * (n - 1)) - _within(y) / (m * (m - 1))
 
 
 def _total(x: Tensor, y: Tensor) -> float:
     """The sum of |x_i - y_j| over all pairs."""
     x, y, exact = x.double(), y.double(), "donot_use_mm_for_euclid_dist"
     return sum(torch.cdist(rows, y, compute_mode=exact).sum().item() for rows in x.split(128))
+
+
+def _within(x: Tensor) -> float:
+    """_total(x, x) in half the time: each block of rows meets those after it."""
+    blocks = [(rows, x[128 * (i + 1) :]) for i, rows in enumerate(x.split(128))]
+    return sum(_total(rows, rows) + 2 * _total(rows, rest) for rows, rest in blocks)
 
 
 def mahalanobis(x: Tensor, mixture: GaussianMixture) -> Tensor:

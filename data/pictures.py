@@ -1,4 +1,4 @@
-"""All pictures, drawn with Pillow: flows over densities, fields, walks, sheets, curves.
+"""All pictures, drawn with Pillow: flows over densities, fields, walks, sheets.
 
 A picture of a flow is a `Scene`, the density p_t as a glow, with particles, trajectories or arrows
 above. Nothing here knows a mixture, a network or a data set.
@@ -151,7 +151,7 @@ def save_gif(file: File, scene: Scene, zs: Tensor) -> None:
     first.save(file, save_all=True, append_images=rest, duration=pauses, loop=0, optimize=True)
 
 
-# ---- Sheets of images, and curves
+# ---- Sheets of images
 def to_uint8(x0: Tensor) -> np.ndarray:
     """Images x0 (B,1,H,W) or (B,3,H,W) in [-1, 1] -> uint8 (B,H,W,3), rounded and clipped."""
     x = (x0.float() * 127.5 + 127.5).round().clamp(0, 255)
@@ -194,27 +194,3 @@ def draw_captioned(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
         sheet.paste(big, (x, y))
         pen.text((x, y + w - gap + 2), text, "black", font, spacing=3)
     return sheet
-
-
-def plot(curves: dict[str, tuple[Tensor, Tensor]], title: str, low: float, high: float):
-    """Draw curves {name: (x in [0, 1], y)} in one frame, with a legend; y is cut to [low, high]."""
-    size, left, font = 840, 70, ImageFont.load_default(26)
-    image = Image.new("RGB", (size, size), FRAME)
-    pen, scale = ImageDraw.Draw(image), 0.85 * size / (high - low)
-    place = lambda x, y: (left + x * (size - left - 30), (high - y) * scale + 90)
-    for tick in range(5):
-        y = low + (high - low) * tick / 4
-        pen.line([place(0, y), place(1, y)], (48, 54, 74), width=2)
-        pen.text((8, place(0, y)[1] - 16), f"{y:.3g}", INK, font)
-        pen.text((place(tick / 4, low)[0] - 20, size - 44), f"{tick / 4:g}", INK, font)
-    angle = 2 * math.pi * torch.arange(len(curves)) / len(curves)
-    colours = hues(torch.stack([angle.cos(), angle.sin()], dim=1))
-    numbered = list(enumerate(zip(curves.values(), colours, strict=True)))
-    for i, ((x, y), colour) in reversed(numbered):  # wide ones first: equal curves show as rims
-        points = [*map(place, x.tolist(), y.clamp(low, high).tolist())]
-        pen.line(points, colour, 4 + i, joint="curve")
-    for i, (name, colour) in enumerate(zip(curves, colours, strict=True)):
-        at = left + 16 if low == 0 else size - 330, 96 + 34 * i
-        pen.text(at, name, colour, font, stroke_width=8, stroke_fill=FRAME)
-    pen.text((72, 24), title, INK, ImageFont.load_default(32))
-    return image.resize((size // 2, size // 2), Image.Resampling.LANCZOS)

@@ -1,12 +1,14 @@
-"""SD3's figure 4 on shapes: MM-DiT against three DiTs, and what each of its two texts is for.
+"""SD3's figure 4 on shapes: MM-DiT against three rivals, and what each of its two texts is for.
 
-    python -m studies.architectures       70 minutes on two cores
+    python -m studies.architectures       five hours on two cores
 
-All have the same data, draws, steps and rate. A DiT has half the weights of an MM-DiT of its depth,
-so the table has the others deeper, too. The exact reader judges pairs seen in training, or not."""
+All have the same data and draws, and a rate of their own, by a scan of a seed that is not reported.
+A DiT has about half the weights of an MM-DiT of its depth, so the table has deeper ones, too. What
+a network has not learned is its excess over the exact field, the best answer there is."""
 
-import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path as File
 from typing import Annotated
 
@@ -15,15 +17,16 @@ import torch
 from torch import Tensor
 
 from data.networks import NETWORKS
-from data.pictures import plot
 from data.shapes import Shapes
 from mmdit import MMDiT
 from rf import formulation
 from sample import Sampler
-from studies.runs import SHAPES, markdown, mean_and_error, run_missing
+from studies.curves import Panel, draw_curves
+from studies.runs import SHAPES, judged, markdown, mean_and_error, run_missing, scan
 from train import State, batches, train, validation_loss
 from training.folder import training_flops
 from training.options import Count, Recipe, command
+from training.ranks import compile_blocks
 
 
 # ---- Two networks more
@@ -40,25 +43,26 @@ def half_blind(part: str) -> type[MMDiT]:
 
 for part in ("context", "pooled"):
     NETWORKS[f"mmdit, {part} alone"] = half_blind(part)
-RIVALS = [name for name in NETWORKS if name != "mlp"]
-VARIANTS = [(name, 4) for name in RIVALS] + [("dit", 5), ("crossdit", 5), ("skipdit", 5)]
-VERDICTS = [(pairs, what) for pairs in ("seen", "unseen") for what in ("all right", "shapes")]
+NAMES = [name for name in NETWORKS if name != "mlp"]
+VARIANTS = [(name, 4) for name in NAMES] + [("dit", 5), ("crossdit", 5), ("uvit", 5)]
 POINTS = 10  # of a curve
+STEPS = (5, 10, 25)  # of sampling, at guidance 3; all figures in the last one
 
 
 # ---- A run: train, and look at the average of the weights ten times on the way
-def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> dict:
-    """The validation loss over steps and over seconds of training, then how often samples are
-    right, of seen and of unseen pairs, at guidance 3."""
+def trained(name: str, depth: int, lr: float, seed: int, steps: int) -> dict:
+    """The validation loss over steps and over seconds of training; its floor, and the relative
+    excess by t; what is judged at guidance 3, by steps of sampling. Seed 0 is the scan's."""
     data, curve = Shapes(Shapes.Options()), []
-    changes = dict(network=name, depth=depth, steps=steps, seed=seed)
-    recipe = Recipe(**SHAPES | changes)
+    recipe = Recipe(**SHAPES | dict(network=name, depth=depth, lr=lr, steps=steps, seed=seed))
     torch.manual_seed(seed)
-    data.network(data.spec(), Recipe(depth=1))  # the runs of README.md drew these weights first
     network = data.network(data.spec(), recipe)
-    objective, state = formulation(recipe.formulation), State(network, recipe)
-    sampler = Sampler(state.average, objective, dict(spec=data.spec(), precision=recipe.precision))
     held_out = data.held_out(recipe.validation)
+    flops = recipe.batch_size * training_flops(network, *held_out)
+    objective, state = formulation(recipe.formulation), State(network, recipe)
+    sampler = Sampler(state.average, objective, vars(recipe) | dict(spec=data.spec()))
+    for part in (network, state.average) if recipe.compile else ():
+        compile_blocks(part)
 
     def watched(stream):
         """The batches; a step of training lasts until the next one is asked for."""
@@ -75,20 +79,45 @@ def trained(name: str, depth: int, seed: int, steps: int, judged: int = 400) -> 
     train(state, objective, stream, recipe)
     next(stream)  # the last step ends
     stream.close()
-    right = lambda new: data.right(sampler, judged, new, steps=25, cfg=3.0)
-    flops = recipe.batch_size * training_flops(network, *held_out)
+    _, floor, error, power = data.errors(sampler, recipe.validation).T
+    excess = [error.mean() / power.mean(), *(error / power)]
+    draw = lambda n: partial(sampler.sample, steps=n, cfg=3.0)
+    numbers = STEPS if seed else ()
+    scores = {str(n): judged(draw(n), spread=256 * (n == STEPS[-1])) for n in numbers}
+    run = dict(curve=curve, flops=flops, floor=floor.mean().item(), scores=scores)
     size = sum(p.numel() for p in network.parameters())
-    return dict(curve=curve, flops=flops, parameters=size, seen=right(False), unseen=right(True))
+    return run | dict(parameters=size, excess=torch.stack(excess).tolist())
 
 
-def study(variants: list, seeds: int, steps: int, out: File, report, draw, name: str) -> None:
-    """Make the runs of these (network, depth), print report(runs) and save draw(runs)."""
-    jobs = [(*variant, seed) for seed in range(seeds) for variant in variants]
-    keys = {"curve", "flops", "parameters", "seen", "unseen"}
-    runs = run_missing(out, jobs, trained, steps, keys)
-    print(report(runs))
-    draw(runs).save(out / f"{name}.png")
-    print(f"\nwrote {out}/{name}.png")
+KEYS = {"curve", "flops", "floor", "scores", "parameters", "excess"}
+
+
+def runs_of(variants: list, seeds: int, steps: int, out: File) -> list[dict]:
+    """The runs of these (network, depth), of seeds that chose nothing, by rates that seed 0 chose
+    for each network at its first depth here. A half-blind one has MM-DiT's."""
+    made = lambda jobs: run_missing(out, jobs, trained, steps, KEYS)
+    first = {}
+    for name, depth in variants:
+        first.setdefault(name.split(",")[0], depth)
+    scores = lambda pairs: [
+        run["excess"][0] for run in made([(name, first[name], lr, 0) for name, lr in pairs])
+    ]
+    scans = scan(dict.fromkeys(first, SHAPES["lr"]), 2, scores)
+    best = {name: min(found, key=found.get) for name, found in scans.items()}
+    for name, found in scans.items():
+        cells = ", ".join(f"{lr:g}: {found[lr]:.2e}" for lr in sorted(found))
+        print(f"the scan of {name}'s rate (excess): {cells}")
+    rate = lambda name: best[name.split(",")[0]]
+    numbers = range(1, seeds + 1)
+    return made([(name, depth, rate(name), seed) for seed in numbers for name, depth in variants])
+
+
+def grouped(runs: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """The runs of each (network, depth), by seed."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["job"][0], run["job"][1]), []).append(run)
+    return groups
 
 
 def loss_at(run: dict, step: float) -> float:
@@ -98,36 +127,53 @@ def loss_at(run: dict, step: float) -> float:
 
 
 def table(runs: list[dict]) -> str:
-    heads = ["network", "weights", "ms a step", "validation loss", "at equal time"]
-    rows = [heads + [f"{pairs}: {what}" for pairs, what in VERDICTS]]
-    groups = {v: [run for run in runs if tuple(run["job"][:2]) == v] for v in VARIANTS}
+    """One row a variant. Differences are to MM-DiT, seed by seed."""
+    groups = grouped(runs)
     pace = lambda seeds: min(run["curve"][-1][1] / run["steps"] for run in seeds)  # seconds a step
     fastest = min(map(pace, groups.values()))
+    last = str(STEPS[-1])
+    heads = ["network", "weights", "rate", "ms a step", "loss above its floor", "at equal time"]
+    heads += ["excess", "less MM-DiT's", "seen", "unseen", "distance", "tv", "floor", "same"]
+    rows = [heads]
+    mine = [run["excess"][0] for run in next(iter(groups.values()))]
     for (name, depth), seeds in groups.items():
         step = seeds[0]["steps"] * fastest / pace(seeds)
-        losses = [run["curve"][-1][2] for run in seeds], [loss_at(run, step) for run in seeds]
-        shares = [[run[pairs][what] for run in seeds] for pairs, what in VERDICTS]
+        above = lambda losses: [x - run["floor"] for x, run in zip(losses, seeds, strict=True)]
+        losses = above(run["curve"][-1][2] for run in seeds), above(loss_at(r, step) for r in seeds)
+        excess = [run["excess"][0] for run in seeds]
         cells = [f"{name}, depth {depth}", f"{seeds[0]['parameters'] / 1e6:.1f}M"]
-        cells += [f"{1e3 * pace(seeds):.0f}", *(mean_and_error(x, ".4f") for x in losses)]
-        rows.append(cells + [mean_and_error(x, ".1%") for x in shares])
-    return markdown(*rows)
+        cells += [f"{seeds[0]['job'][2]:g}", f"{1e3 * pace(seeds):.0f}"]
+        cells += [*(mean_and_error(x, ".4f") for x in losses), mean_and_error(excess, ".1e")]
+        cells.append(mean_and_error(np.subtract(excess, mine), ".1e"))
+        for key in heads[8:]:
+            form = ".1%" if key in ("seen", "unseen") else ".3f"
+            cells.append(mean_and_error([run["scores"][last][key] for run in seeds], form))
+        rows.append(cells)
+    times = ["network", *(f"t = {k}/16" for k in range(1, 16, 2))]
+    by_t = [times]
+    for (name, depth), seeds in groups.items():
+        columns = zip(*(run["excess"][1:] for run in seeds), strict=True)
+        by_t.append([f"{name}, depth {depth}", *(mean_and_error(c, ".1e") for c in columns)])
+    return f"{markdown(*rows)}\n\nExcess by t:\n\n{markdown(*by_t)}"
 
 
-def draw(runs: list[dict]):
-    """The curves of equal depth, averaged over seeds: log10 of the loss over the share of steps."""
+def losses_of(runs: list[dict], name: Callable, x: Callable) -> dict:
+    """Curves for a panel: {name(variant): (x(run, its points), loss above the floor (seeds,n))}."""
     curves = {}
-    for name, depth in VARIANTS[: len(RIVALS)]:
-        seeds = [run["curve"] for run in runs if run["job"][:2] == [name, depth]]
-        y = torch.tensor(seeds)[..., 2].log10().mean(0)
-        curves[name] = torch.arange(1, len(y) + 1) / len(y), y
-    span = span_of([y[1:] for _, y in curves.values()])
-    return plot(curves, "log10 validation loss, over the share of the steps", *span)
+    for variant, seeds in grouped(runs).items():
+        points = np.array([run["curve"] for run in seeds])
+        floors = np.array([[run["floor"]] for run in seeds])
+        curves[name(variant)] = x(seeds[0], points.mean(0)), points[..., 2] - floors
+    return curves
 
 
-def span_of(curves: list[Tensor]) -> tuple[float, float]:
-    """The tenths between which these curves lie."""
-    ends = np.concatenate(curves)
-    return math.floor(10 * ends.min()) / 10, math.ceil(10 * ends.max()) / 10
+def draw(runs: list[dict], file: File) -> None:
+    runs = [run for run in runs if run["job"][1] == VARIANTS[0][1]]
+    y, name = "validation loss above its floor", lambda variant: variant[0]
+    steps = losses_of(runs, name, lambda run, points: points[:, 0])
+    seconds = losses_of(runs, name, lambda run, points: points[:, 1])
+    panels = Panel("steps", y, steps), Panel("seconds of training, one thread", y, seconds)
+    draw_curves(file, *panels)
 
 
 def run(
@@ -135,7 +181,10 @@ def run(
     steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
-    study(VARIANTS, seeds, steps, out, table, draw, "architectures")
+    runs = runs_of(VARIANTS, seeds, steps, out)
+    print(table(runs))
+    draw(runs, out / "architectures.png")
+    print(f"\nwrote {out}/architectures.png")
 
 
 if __name__ == "__main__":

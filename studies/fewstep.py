@@ -32,10 +32,12 @@ from studies.runs import (
     mean_and_error,
     run_file,
     run_missing,
+    scan,
 )  # fmt: skip
 from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
 from training.options import Count, Recipe, command, pick, preset, reading
+from training.ranks import compile_blocks
 
 UNTRAINED = {"Euler (DDIM)": ("euler", 1), "Heun": ("heun", 1), "RK4": ("rk4", 1)}
 for name, solver in {"DPM-Solver++(2M)": "dpm", "DEIS": "deis", "ab2": "ab2"}.items():
@@ -68,6 +70,8 @@ def teacher_of(problem: str, seed: int, out: File) -> Sampler:
     if not file.exists():
         save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)
+    if recipe.compile:
+        compile_blocks(network)
     with reading(file, "teacher of this study"):
         load_weights(network, torch.load(file, weights_only=True), file)
     config = vars(recipe) | dict(spec=data.spec(), dataset="shapes" if text else "toy2d")
@@ -153,10 +157,10 @@ def tables(groups: dict[str, list[dict]], text: bool) -> str:
 def costs(scans: dict[str, dict[float, float]], runs: list[dict], form: str, pairs: int) -> str:
     """The scan of each method, its best rate first, and what its training takes."""
     rows = [["method", "rate", "other rates of the scan", "seconds", "pairs", "holds"]]
-    for name, scan in scans.items():
+    for name, found in scans.items():
         seconds = min(run["seconds"] for run in runs if run["job"][1] == name)  # least disturbed
-        best, *others = sorted(scan, key=scan.get)
-        shown = lambda lr: f"{lr:g}: {number(scan[lr], form)}"
+        best, *others = sorted(found, key=found.get)
+        shown = lambda lr: f"{lr:g}: {number(found[lr], form)}"
         cells = shown(best), ", ".join(map(shown, sorted(others))), f"{seconds:.0f}"
         stored = f"{pairs:,}" if METHODS[name].pairs else "–"
         rows.append([name, *cells, stored, METHODS[name].networks])
@@ -179,43 +183,26 @@ def draw(runs: list[dict], mixture: str):
 
 
 # ---- The study
-def scanned(problem: str, made) -> dict[str, dict[float, float]]:
-    """{method: {rate: the first metric in the fewest evaluations}}, on seed 0. Each scan starts
-    with three rates, and goes on while its best one is at an end, up to five rates."""
-    factor, text = (3, True) if problem == "shapes" else (2, False)
-    middle = lambda name: preset("shapes student")["lr"] if text else METHODS[name].lr
-    tidy = lambda lr: float(f"{lr:.2g}")
-    rates = {name: [tidy(middle(name) * factor**i) for i in (-1, 0, 1)] for name in METHODS}
-    key = next(iter(METRICS[text]))
-    for _ in range(3):
-        runs = made([(problem, name, lr, 0) for name, lrs in rates.items() for lr in lrs])
-        scans = {name: {} for name in METHODS}
-        for run in runs:
-            score = next(iter(run["scores"].values()))[key]
-            scans[run["job"][1]][run["job"][2]] = np.nan_to_num(score, nan=np.inf, posinf=np.inf)
-        for name, scan in scans.items():
-            best = min(scan, key=scan.get)
-            low, high = min(scan), max(scan)
-            if best in (low, high):
-                rates[name].append(tidy(low / factor if best == low else high * factor))
-    return scans
-
-
 def study(problem: str, seeds: int, steps: int, out: File) -> None:
     """Make the runs of a problem, print its tables and draw its picture."""
     text, numbers = problem == "shapes", range(1, seeds + 1)
+    key, form = next(iter(METRICS[text].items()))
     jobs = [(problem, "teacher", seed) for seed in range(1 if text else seeds + 1)]
     teachers = run_missing(out, jobs, partial(untrained, out=out), steps, {"scores", "floor"})
     teachers = teachers if text else teachers[1:]
     work, keys = partial(trained, out=out), {"scores", "seconds", "samples"}
     made = lambda jobs: run_missing(out, jobs, work, steps, keys)
-    scans = scanned(problem, made)
+    chosen = {name: method for name, method in METHODS.items() if method.text or not text}
+    rate = preset("shapes student")["lr"]
+    middles = {name: rate if text else method.lr for name, method in chosen.items()}
+    first = lambda run: next(iter(run["scores"].values()))[key]
+    scores = lambda pairs: map(first, made([(problem, name, lr, 0) for name, lr in pairs]))
+    scans = scan(middles, 3 if text else 2, scores)
     best = {name: min(scan, key=scan.get) for name, scan in scans.items()}
     runs = made([(problem, name, lr, seed) for seed in numbers for name, lr in best.items()])
     groups = {name: [run["scores"][name] for run in teachers] for name in teachers[0]["scores"]}
-    for name in METHODS:
+    for name in chosen:
         groups[name] = [run["scores"] for run in runs if run["job"][1] == name]
-    key, form = next(iter(METRICS[text].items()))
     floor = mean_and_error([run["floor"][key] for run in teachers], form)
     print(f"\n## {problem}\n\nThe teachers themselves, in 50 steps of Heun: {key} {floor}.\n")
     print(tables(groups, text))
@@ -224,7 +211,7 @@ def study(problem: str, seeds: int, steps: int, out: File) -> None:
     print(costs(scans, runs, form, pair_count(steps, batch_size)))
     if not text:
         file = run_file(out, ("fewstep", problem)).with_suffix(".png")
-        draw(runs[: len(METHODS)], problem).save(file)
+        draw(runs[: len(chosen)], problem).save(file)
         print(f"\nwrote {file}")
 
 

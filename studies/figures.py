@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import toy2d
-from data.pictures import Canvas, hues, plot, tile
+from data.pictures import Canvas, hues, tile
 from data.toy import scene
 from rf import formulation
+from studies.curves import Panel, draw_curves
 from studies.exact import SHOWN, exact_network
 from training.options import command
 
@@ -47,9 +48,10 @@ def run(
     t = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
     pi = {name: (t, formulation(name).timesteps.density(t)) for name in SAMPLED}
     snr = {name: (t, formulation(name).path.log_snr(t)) for name in SHOWN}
-    left = plot(pi, "timestep densities pi(t) for rf, over t", 0, 4)
-    right = plot(snr, "log-SNR lambda(t) of the paths, over t", -12, 12)
-    tile([[left, right]]).save(out / "densities.png")
+    even = ("linear", "linear")
+    left = Panel("t (0 is data, 1 is noise)", "density pi(t) of training's t", pi, even, (0, 4))
+    right = Panel("t (0 is data, 1 is noise)", "log-SNR lambda(t)", snr, even, (-12, 12))
+    draw_curves(out / "densities.png", left, right)
     print(f"wrote {out}/paths.png, {out}/densities.png")
 
 

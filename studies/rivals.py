@@ -276,22 +276,23 @@ class Method:
     networks: str  # held in training, beside the student and its average
     lr: float  # the middle of its scan on points
     pairs: bool = False  # whether it stores solves of the teacher from noise to data
+    text: bool = True  # whether it learns shapes, too; some variants are for points alone
 
 
 METHODS = {
     "consistency": Method(partial(consistent, 1, 16), "teacher", 8e-3),
-    "consistency, uniform t": Method(partial(consistent, 1, None), "teacher", 8e-3),
+    "consistency, uniform t": Method(partial(consistent, 1, None), "teacher", 8e-3, text=False),
     "consistency, K = 4": Method(partial(consistent, 4, 4), "teacher", 2e-3),
     "progressive": Method(progressive, "last student", 8e-3),
-    "DMD": Method(partial(matched, True, 4.0), "teacher, critic", 1e-3, pairs=True),
-    "DMD, push 0.1 : 1": Method(partial(matched, True, 0.1), "teacher, critic", 4e-3, pairs=True),
-    "its pairs alone": Method(partial(matched, True, 0.0), "–", 8e-3, pairs=True),
+    "DMD": Method(partial(matched, True, 4.0), "teacher, critic", 1e-3, True),
+    "DMD, push 0.1 : 1": Method(partial(matched, True, 0.1), "teacher, critic", 4e-3, True, False),
+    "its pairs alone": Method(partial(matched, True, 0.0), "–", 8e-3, True),
     "DMD2 without its GAN": Method(partial(matched, False, 1.0), "teacher, critic", 2.5e-4),
     "plain GAN": Method(plain_gan, "critic", 8e-3),
     "reflow": Method(partial(straightened, 1, 4), "teacher", 8e-3),
-    "reflow, uniform t": Method(partial(straightened, 1, None), "teacher", 8e-3),
+    "reflow, uniform t": Method(partial(straightened, 1, None), "teacher", 8e-3, text=False),
     "PeRFlow, K = 2": Method(partial(straightened, 2, 4), "teacher", 8e-3),
     "PeRFlow, K = 4": Method(partial(straightened, 4, 4), "teacher", 8e-3),
-    "PeRFlow, N = 1000": Method(partial(published, 1000), "teacher", 8e-3),
+    "PeRFlow, N = 1000": Method(partial(published, 1000), "teacher", 8e-3, text=False),
     "PeRFlow, N = 40": Method(partial(published, 40), "teacher", 8e-3),
 }

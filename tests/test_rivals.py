@@ -19,7 +19,7 @@ from rf import expand, formulation, solve
 from sample import Sampler
 from studies import fewstep, rivals, runs
 from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
-from studies.runs import judged
+from studies.runs import judged, scan
 from toy2d import load_mixture
 from train import learning_rate
 from training import options
@@ -367,7 +367,8 @@ def little(monkeypatch):
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     monkeypatch.setitem(runs.TOY, "steps", 30)
-    for key, value in dict(depth=1, steps=2, precision="fp32", muon=0.0).items():
+    changes = dict(depth=1, steps=2, precision="fp32", muon=0.0, compile=False)
+    for key, value in changes.items():
         monkeypatch.setitem(runs.SHAPES, key, value)
     monkeypatch.setitem(options.PRESETS, "shapes student", dict(batch_size=16, block=1, lr=1e-3))
     monkeypatch.setattr(fewstep, "judged", lambda draw, scan: judged(draw, scan, 2, 2))
@@ -407,17 +408,17 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, little, monkeypatch,
     assert sorted({run["job"][-1] for run in made}) == [0, 1, 2]
 
 
-def test_a_scan_goes_on_while_its_best_rate_is_at_an_end(monkeypatch):
-    best = {"flat at the top": 1.0, "low": 1e-9}
-    monkeypatch.setattr(fewstep, "METHODS", dict.fromkeys(best, SimpleNamespace(lr=1.0)))
-    score = lambda name, lr: abs(math.log(lr / best[name]))
-    made = lambda jobs: [
-        dict(job=job, scores={"1": {"energy": score(*job[1:3])}, "4": {"energy": 0}})
-        for job in jobs
-    ]
-    scans = fewstep.scanned("ring", made)
-    assert sorted(scans["flat at the top"]) == [0.5, 1, 2]
+def test_a_scan_goes_on_while_its_best_rate_is_at_an_end():
+    best, asked = {"inside": 1.0, "low": 1e-9}, []
+
+    def scores(pairs):
+        asked.append(pairs)
+        return [abs(math.log(lr / best[name])) if lr < 2 else math.nan for name, lr in pairs]
+
+    scans = scan({"inside": 1.0, "low": 1.0}, 2, scores)
+    assert sorted(scans["inside"]) == [0.5, 1, 2] and scans["inside"][2] == math.inf
     assert sorted(scans["low"]) == [0.12, 0.25, 0.5, 1, 2]  # five, then it ends
+    assert [len(pairs) for pairs in asked] == [6, 7, 8]
 
 
 def test_paired_differences_by_hand(monkeypatch):

@@ -272,7 +272,7 @@ def test_a_new_uvit_starts_with_nothing_of_its_text_and_learns_from_it():
     assert out.shape == z.shape
     assert (out - random(z, t, 2 * context, pooled)).abs().max() > 1e-3
     for side in (24, 20):
-        with pytest.raises(ValueError, match="uvit takes squares|not divisible"):
+        with pytest.raises(ValueError, match=r"uvit takes squares|not divisible"):
             random(z[..., :side], t, context, pooled)
     with pytest.raises(ValueError, match="halves the patches, and their side is 1"):
         UViT(2, patch_size=1)

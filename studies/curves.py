@@ -1,0 +1,73 @@
+"""Curves that one can read, by matplotlib: log axes, units, bands over seeds, a name at each end.
+
+matplotlib is needed for them alone: pip install matplotlib."""
+
+from dataclasses import dataclass
+from pathlib import Path as File
+
+import numpy as np
+
+from rf import InputError
+from training.folder import written
+
+
+@dataclass
+class Panel:
+    """One frame: the axes' names with their units, and curves {name: (x (n,), y)}, where y is (n,)
+    or (seeds,n), which is drawn as its mean and a band of one standard error."""
+
+    x: str
+    y: str
+    curves: dict
+    scales: tuple[str, str] = ("log", "log")
+    limits: tuple[float, float] | None = None
+    level: tuple[str, float] | None = None  # a dashed line and its name
+
+
+def draw_curves(file: File, *panels: Panel) -> None:
+    """Write the panels side by side as a picture. InputError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("the curves need matplotlib: pip install matplotlib") from None
+    figure = Figure((6.4 * len(panels), 4.6), dpi=110, layout="constrained")
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        axes.set(xlabel=panel.x, ylabel=panel.y, xscale=panel.scales[0], yscale=panel.scales[1])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        ends = []
+        for i, (name, (x, y)) in enumerate(panel.curves.items()):
+            x, y = np.asarray(x), np.atleast_2d(np.asarray(y))
+            mean, colour = y.mean(0), f"C{i % 10}"
+            axes.plot(x, mean, color=colour, lw=1.6)
+            if len(y) > 1:
+                error = y.std(0, ddof=1) / len(y) ** 0.5
+                axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
+            ends.append((name, x[-1], mean[-1], colour))
+        if panel.level:
+            name, height = panel.level
+            axes.axhline(height, color="0.4", ls="--", lw=1)
+            axes.annotate(name, (0.02, height), (0, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", color="0.3", fontsize=9)  # fmt: skip
+        if panel.limits:
+            axes.set_ylim(*panel.limits)
+        for axis, scale in zip((axes.xaxis, axes.yaxis), panel.scales, strict=True):
+            low, high = axis.get_view_interval()
+            if scale == "log" and high < 20 * low:  # less than two powers of ten: name the ticks
+                axis.set_minor_formatter("{x:g}")
+                axis.set_major_formatter("{x:g}")
+        label_ends(axes, ends)
+    with written(file) as out:
+        figure.savefig(out, format="png")
+
+
+def label_ends(axes, ends: list[tuple], gap: float = 0.045) -> None:
+    """Write each name beside the end of its curve, no two closer than `gap` of the height."""
+    axes.figure.draw_without_rendering()
+    place = axes.transData + axes.transAxes.inverted()
+    heights = [(place.transform((x, y)), name, colour) for name, x, y, colour in ends]
+    low = -np.inf
+    for (x, height), name, colour in sorted(heights, key=lambda end: end[0][1]):
+        low = max(min(height, 1.0), low + gap)
+        axes.annotate(name, (x, min(height, 1.0)), (1.01, low), color=colour, fontsize=9,
+                      va="center", xycoords=axes.transAxes, textcoords=axes.transAxes)  # fmt: skip
