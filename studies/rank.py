@@ -1,18 +1,27 @@
-"""SD3's Table 1 (section 5.1) in two dimensions: which formulation samples best, in how many steps.
+"""SD3's Table 1 (section 5.1) on points and on shapes: which formulation samples best, in how many
+steps?
 
-    python -m studies.rank                18 minutes on two cores; --all for the paper's 61
+    python -m studies.rank                     half an hour on two cores; --all for the paper's 61
+    python -m studies.rank --problems shapes   an hour and a half
 
-The table ranks by energy distance; the paper ranks by Pareto fronts of CLIP and FID."""
+Points are ranked by energy distance. Shapes are ranked as the paper ranks pictures, by the index of
+the Pareto front: its CLIP and FID are our wrong captions and distance to the data."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path as File
 from typing import Annotated
 
 import numpy as np
+import torch
 
 import toy2d
-from data.toy import Toy, number
-from rf import STUDY, formulation
-from studies.runs import TOY, learned, markdown, run_missing
+from data.shapes import Shapes
+from data.toy import Toy
+from rf import STUDY, formulation, solve
+from studies.runs import SHAPES, TOY, judged, learned, markdown, mean_and_error, run_missing
 from training.options import Count, Recipe, command
 
 PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps
@@ -33,21 +42,54 @@ PAPER = {  # mean rank over all settings, at 5 steps, at 50 steps
     "edm/rf": (13.04, 15.25, 13.25),
     "edm(-1.20,1.20)": (15.58, 20.25, 15.00),
 }
-STEPS = (5, 10, 25, 50)
+STEPS = (5, 10, 25, 50)  # of points, by averaged weights on each path's own grid of times
+OTHERS = ("5, same times", "50, same times", "5, raw weights", "50, raw weights")
+TEXT = ("5 at 1", "25 at 1", "5 at 3", "25 at 3", "5 at 3, same times")  # of shapes: at guidance
 
 
-def trained(name: str, mixture: str, seed: int, steps: int) -> dict:
-    """Train, sample, and measure the samples against the exact field's from the same noise."""
-    truth = toy2d.load_mixture(mixture)
+def points(name: str, mixture: str, seed: int, steps: int) -> dict:
+    """Train, sample, and measure the samples against the exact field's from the same noise. *Same
+    times*: all variants are flows on the RF path, on a uniform grid."""
+    truth, raw = toy2d.load_mixture(mixture), {}
     recipe = Recipe(**TOY | dict(formulation=name, steps=steps, seed=seed))
-    model = learned(Toy(Toy.Options(mixture)), recipe)
+    model = learned(Toy(Toy.Options(mixture)), recipe, raw=raw)
     excess = toy2d.relative_excess(model.network, model.objective, truth)
-    run = {"name": name, "mixture": mixture, "seed": seed, "excess": excess}
-    points, _, noise, exact = toy2d.reference(truth, seed)
-    for n in STEPS:
-        m = toy2d.sample_metrics(model.sample(noise, steps=n), points, truth)
-        run[str(n)] = {"energy": m["energy"] - exact["energy"], "outliers": m["outliers"]}
+    data, _, noise, exact = toy2d.reference(truth, seed)
+    same = lambda n: solve(model.objective.rectified(model.network), noise, steps=n)
+    other = replace(model, network=raw["network"])
+    draws = {str(n): partial(model.sample, noise, steps=n) for n in STEPS}
+    for n in (5, 50):
+        draws[f"{n}, same times"] = partial(same, n)
+        draws[f"{n}, raw weights"] = partial(other.sample, noise, steps=n)
+    run = dict(name=name, mixture=mixture, seed=seed, excess=excess)
+    with torch.no_grad():
+        for key, draw in draws.items():
+            m = toy2d.sample_metrics(draw(), data, truth)
+            run[key] = {"energy": m["energy"] - exact["energy"], "outliers": m["outliers"]}
     return run
+
+
+def pictures(name: str, problem: str, seed: int, steps: int) -> dict:
+    """The same on shapes: wrong captions and distance, at guidance 1 and 3."""
+    data = Shapes(Shapes.Options())
+    recipe = Recipe(**SHAPES | dict(formulation=name, steps=steps, seed=seed))
+    model = learned(data, recipe)
+    _, _, error, power = data.errors(model, recipe.validation).mean(0).tolist()
+    run = dict(name=name, mixture=problem, seed=seed, excess=error / power)
+    for key in TEXT:
+        n, cfg = int(key.split()[0]), int(key.split()[2].strip(","))
+        draw = partial(model.sample, steps=n, cfg=cfg)
+        if "same" in key:
+            field = model.objective.rectified(model.guided(cfg))
+            draw = lambda noise, *cond, field=field, n=n: solve(field, noise, *cond, steps=n)
+        scores = judged(draw, spread=0)
+        wrong = 1 - (scores["seen"] + scores["unseen"]) / 2
+        run[key] = {"wrong": wrong, "distance": scores["distance"]}
+    return run
+
+
+def trained(name: str, problem: str, seed: int, steps: int) -> dict:
+    return (pictures if problem == "shapes" else points)(name, problem, seed, steps)
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -62,53 +104,93 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
-def mean_ranks(runs: list[dict], names: list[str], steps: list[int]) -> np.ndarray:
-    """The rank of each name by energy distance, averaged over seeds, mixtures and these steps."""
-    energies = lambda run: [run[str(n)]["energy"] for n in steps]
-    table = [[energies(run) for run in runs if run["name"] == name] for name in names]
-    return np.apply_along_axis(ranks, 0, table).mean((1, 2))  # (names, runs, steps) -> (names,)
+def fronts(wrong: list[float], distance: list[float]) -> np.ndarray:
+    """The index of each one's Pareto front, from 1 on: what is left when better fronts are gone."""
+    left, index = set(range(len(wrong))), np.zeros(len(wrong))
+    beats = lambda i, j: (
+        wrong[i] <= wrong[j]
+        and distance[i] <= distance[j]
+        and (wrong[i] < wrong[j] or distance[i] < distance[j])
+    )
+    while left:
+        front = {j for j in left if not any(beats(i, j) for i in left)}
+        index[list(front)] = index.max() + 1
+        left -= front
+    return index
 
 
-def rank_table(runs: list[dict], names: list[str], mixtures: list[str]) -> str:
-    """The table in Markdown, best mean rank first, and the correlation with the paper's ranks."""
-    columns = [mean_ranks(runs, names, steps) for steps in (STEPS, STEPS[:1], STEPS[-1:])]
-    settings = [(m, n) for m in mixtures for n in STEPS]
-    heads = ["variant", "rank all", "5", "50", "paper all", "5", "50"]
-    rows = [[*heads, *(f"{m} {n}" for m, n in settings), "outliers 50", "excess"]]
-    for i in np.argsort(columns[0], kind="stable"):
+GROUPS = {  # keys of a run, and the column of PAPER that they answer, by whether they are shapes'
+    False: {
+        "all": (STEPS, 0), "5": ((5,), 1), "50": ((50,), 2),
+        "5, same times": (OTHERS[:1], 1), "50, same times": (OTHERS[1:2], 2),
+        "5, raw": (OTHERS[2:3], 1), "50, raw": (OTHERS[3:], 2),
+    },
+    True: {
+        "all": (TEXT[:4], 0), "5 steps": (TEXT[:3:2], 1), "25 steps": (TEXT[1:4:2], 2),
+        "guidance 1": (TEXT[:2], 0), "guidance 3": (TEXT[2:4], 0), "same times": (TEXT[4:], 1),
+    },
+}  # fmt: skip
+
+
+def mean_ranks(runs: list[dict], names: list[str], keys: Sequence, text=False) -> np.ndarray:
+    """The rank of each name, averaged over seeds, problems and these keys: (names,)."""
+    order = ("wrong", "distance") if text else ("energy",)
+    table = {}  # (problem, seed): the runs by name
+    for run in runs:
+        table.setdefault((run["mixture"], run["seed"]), {})[run["name"]] = run
+    ranked = [
+        (fronts if text else ranks)(*([same[name][str(key)][o] for name in names] for o in order))
+        for same in table.values()
+        for key in keys
+    ]
+    return np.mean(ranked, axis=0)
+
+
+def rank_table(runs: list[dict], names: list[str], problems: list[str], text=False) -> str:
+    """The table in Markdown, best mean rank first, and the correlations with the paper's ranks."""
+    groups = GROUPS[text]
+    columns = {g: mean_ranks(runs, names, keys, text) for g, (keys, _) in groups.items()}
+    keys = TEXT if text else (*STEPS, *OTHERS)
+    shown = [("wrong", 1, ".1%"), ("distance", 1, ".3f")] if text else [("energy", 1e3, ".2f")]
+    heads = [f"rank, {g}" for g in groups] + ["paper all", "5", "50"]
+    heads += [f"{p} {key}: {what}" for p in problems for key in keys for what, *_ in shown]
+    rows = [["variant", *heads, "excess"]]
+    for i in np.argsort(columns["all"], kind="stable"):
         group = [run for run in runs if run["name"] == names[i]]
-        row = [names[i], *(f"{column[i]:.2f}" for column in columns)]
+        row = [names[i], *(f"{column[i]:.2f}" for column in columns.values())]
         row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
-        for m, n in settings:
-            mean = 1e3 * np.mean([run[str(n)]["energy"] for run in group if run["mixture"] == m])
-            row.append(number(mean if mean < 1000 else np.inf, ".2f"))
-        row.append(number(np.mean([run["50"]["outliers"] for run in group]), ".1%"))
-        row.append(number(np.mean([run["excess"] for run in group]), ".1e"))
-        rows.append(row)
+        for problem, key, (what, unit, form) in product(problems, keys, shown):
+            values = [unit * r[str(key)][what] for r in group if r["mixture"] == problem]
+            values = [x if abs(x) < 1000 else np.inf for x in values]
+            row.append(mean_and_error(values, form))
+        rows.append([*row, mean_and_error([run["excess"] for run in group], ".1e")])
     known = [i for i, name in enumerate(names) if name in PAPER]
     if len(known) <= 2:
         return markdown(*rows)
     paper = np.array([PAPER[names[i]] for i in known]).T
-    r = [rank_correlation(c[known], p) for c, p in zip(columns, paper, strict=True)]
-    unit = "Energy distances in thousandths, above the exact field's from the same noise"
-    correlation = f"{r[0]:.2f} (all), {r[1]:.2f} (5 steps), {r[2]:.2f} (50 steps)"
-    return f"{markdown(*rows)}\n\n{unit}. Rank correlation with the paper: {correlation}."
+    r = [f"{rank_correlation(c[known], paper[groups[g][1]]):.2f} ({g})" for g, c in columns.items()]
+    unit = "" if text else "Energy distances in thousandths, above the exact field's. "
+    return f"{markdown(*rows)}\n\n{unit}Rank correlations with the paper: {', '.join(r)}."
 
 
 def run(
     all: Annotated[bool, "all 61 formulations instead of the table's 16"] = False,
     names: Annotated[list[str] | None, "these formulations only"] = None,
-    mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring", "grid"),
-    seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a run"] = 11_000,
+    problems: Annotated[list[str], "mixtures, also NAME-unscaled; or shapes"] = ("ring", "grid"),
+    seeds: Annotated[Count | None, "runs of each (default: 3, of shapes 1)", 1, 1000] = None,
+    steps: Annotated[Count | None, "training steps (default: the preset's)"] = None,
     out: Annotated[File, "where runs are kept"] = File("runs/study"),
 ) -> None:
+    text = [*problems] == ["shapes"]
+    if not text:
+        _ = [toy2d.load_mixture(name) for name in problems]
     names = [*dict.fromkeys(names or (STUDY if all else PAPER))]
-    _ = [formulation(name) for name in names] + [toy2d.load_mixture(name) for name in mixtures]
-    jobs = [(n, m, s) for s in range(seeds) for m in mixtures for n in names]
-    keys = {"name", "mixture", "seed", "excess", *map(str, STEPS)}
-    table = rank_table(run_missing(out, jobs, trained, steps, keys), names, mixtures)
-    file = out / f"table-{'-'.join(mixtures)}.md"
+    _ = [formulation(name) for name in names]
+    seeds, steps = seeds or (1 if text else 3), steps or (SHAPES if text else TOY)["steps"]
+    jobs = [(n, m, s) for s in range(seeds) for m in problems for n in names]
+    keys = {"name", "mixture", "seed", "excess", *map(str, TEXT if text else (*STEPS, *OTHERS))}
+    table = rank_table(run_missing(out, jobs, trained, steps, keys), names, problems, text)
+    file = out / f"table-{'-'.join(problems)}.md"
     file.write_text(table + "\n")
     print(f"{table}\n\nwrote {file}")
 

@@ -32,8 +32,11 @@ SHAPES = preset("shapes") | dict(threads=1, compile=True)
 SPREAD = "a red circle left of a blue square", "a red triangle above a blue circle"
 
 
-def learned(data, recipe: Recipe, objective=None, start: Sampler | None = None) -> Sampler:
-    """Train a network on these data, by default a new one, for the recipe's formulation."""
+def learned(
+    data, recipe: Recipe, objective=None, start: Sampler | None = None, raw: dict | None = None
+) -> Sampler:
+    """Train a network on these data, by default a new one, for the recipe's formulation. The
+    Sampler has averaged weights; `raw` gets the network of the last step."""
     objective = objective or formulation(recipe.formulation)
     torch.manual_seed(recipe.seed)
     network = data.network(data.spec(), recipe)
@@ -46,6 +49,8 @@ def learned(data, recipe: Recipe, objective=None, start: Sampler | None = None) 
     stream = batches(data, objective, recipe, network.null_cond)
     train(state, objective, stream, recipe)
     stream.close()
+    if raw is not None:
+        raw["network"] = network.eval()
     return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
 
 

@@ -4,10 +4,12 @@ import contextlib
 import functools
 import json
 import math
+import sys
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_one_line, in_process
@@ -20,8 +22,9 @@ import toy2d
 from data.networks import CrossDiT, ResBlock, UViT
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
-from rf import STUDY, formulation
-from studies import architectures, bench, delta, exact, figures, rank, runs, scaling
+from rf import STUDY, InputError, formulation
+from studies import architectures, bench, curves, delta, exact, figures, rank, runs, scaling
+from studies.runs import judged
 from toy2d import load_mixture
 from train import State, train
 from training.options import Recipe, command
@@ -43,7 +46,7 @@ def test_rank_correlation():
 
 def made_up(name, mixture, seed, energies):
     run = {"name": name, "mixture": mixture, "seed": seed, "steps": 7, "excess": 0.01}
-    settings = zip(rank.STEPS, energies, strict=True)
+    settings = zip((*rank.STEPS, *rank.OTHERS), [*energies, *energies], strict=True)
     return run | {str(n): {"energy": e, "outliers": 0.02} for n, e in settings}
 
 
@@ -57,6 +60,29 @@ def test_mean_ranks_average_over_settings():
     names = ["rf", "eps/linear"]
     assert rank.mean_ranks(runs, names, rank.STEPS).tolist() == [9 / 8, 15 / 8]
     assert rank.mean_ranks(runs, names, [50]).tolist() == [1.5, 1.5]
+
+
+def test_fronts_by_hand():
+    wrong, distance = [0.1, 0.2, 0.3, 0.1, 0.3], [0.5, 0.4, 0.6, 0.5, 0.4]
+    # the first and the fourth are equal: neither beats the other
+    assert rank.fronts(wrong, distance).tolist() == [1, 1, 3, 1, 2]
+
+
+def test_shapes_are_ranked_by_fronts():
+    of = lambda name, seed, *pairs: (
+        dict(name=name, mixture="shapes", seed=seed, excess=0.1)
+        | {key: dict(wrong=w, distance=d) for key, (w, d) in zip(rank.TEXT, pairs, strict=True)}
+    )
+    made = [
+        of("rf", 0, (0, 1), (0, 1), (0, 1), (0, 1), (1, 1)),
+        of("v/cos", 0, (1, 2), (1, 2), (1, 2), (1, 0), (0, 0)),
+        of("eps/linear", 0, (2, 3), (2, 3), (2, 3), (2, 3), (2, 2)),
+    ]
+    names = ["eps/linear", "rf", "v/cos"]
+    assert rank.mean_ranks(made, names, rank.TEXT[:4], True).tolist() == [11 / 4, 1, 7 / 4]
+    said = rank.rank_table(made, names, ["shapes"], True)
+    assert said.splitlines()[2].startswith("| rf | 1.00 |")
+    assert "100.0%" in said and "(guidance 3)" in said
 
 
 def test_the_papers_table_is_whole():
@@ -73,8 +99,11 @@ def test_the_table_comes_from_the_saved_runs_and_only_missing_ones_are_made(tmp_
     made = runs.run_missing(tmp_path, jobs, None, 7, ["name"])  # none: the files are there
     table = rank.rank_table(made, ["rf", "eps/linear", "v/cos"], ["ring"])
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| rf ")]
-    assert rows[0][7] == "2.50" and rows[0][1] == "1.00"  # the mean of 1 and 4 thousandths; first
-    assert "Rank correlation" in table
+    heads = table.splitlines()[0].split(" | ")
+    cell = lambda head: rows[0][heads.index(head)]
+    assert cell("ring 5: energy") == "2.50 ± 1.50"  # the mean of 1 and 4 thousandths
+    assert cell("rank, all") == cell("rank, 5, same times") == "1.00"
+    assert "Rank correlations with the paper: " in table
     with pytest.raises(ValueError, match="holds runs of 7 steps, not 8"):
         runs.run_missing(tmp_path, jobs, None, 8, ["name"])
 
@@ -86,11 +115,13 @@ def test_one_real_run_is_kept_and_not_made_again(tmp_path, monkeypatch):
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(n))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     job = ("rf/cosmap", "ring", 1)
+    monkeypatch.setitem(runs.TOY, "batch_size", 64)
     made = lambda: runs.run_missing(tmp_path, [job], rank.trained, 30, ["name"])
     (run,) = made()
     file = runs.run_file(tmp_path, job)
     assert json.loads(file.read_text()) == run and not list(tmp_path.glob("*.tmp"))
     assert run["steps"] == 30 and math.isfinite(run["50"]["energy"]) and run["excess"] < 2
+    assert run["5"] != run["5, same times"] and run["5"] != run["5, raw weights"]
     stamp = file.stat().st_mtime_ns
     assert made() == [run] and file.stat().st_mtime_ns == stamp
 
@@ -196,12 +227,12 @@ def test_bench_prints_its_two_tables(capsys, monkeypatch):
 def test_a_table_shows_no_nan():
     runs = [made_up(name, "ring", 0, [math.nan] * 4) for name in ("rf", "v/cos")]
     table = rank.rank_table(runs, ["rf", "v/cos"], ["ring"])
-    assert "nan" not in table and table.count("diverged") == 8
+    assert "nan" not in table and table.count("diverged") == 2 * 8
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):
     for args, says in (
-        (["--mixtures", "rong"], "'rong'; choose from ring, grid"),
+        (["--problems", "rong"], "'rong'; choose from ring, grid"),
         (["--names", "ref"], "'ref'; choose from rf"),
         (["--seeds", "0"], "from 1 to 1,000"),
     ):
@@ -320,30 +351,51 @@ def test_a_half_blind_network_sees_one_text(part):
 
 
 def curve_run(name, depth, seed, loss, right):
-    """200 steps of 10 ms; the loss halves in each tenth of them and ends at `loss`."""
-    curve = [[20 * i, 0.2 * i * depth / 4, loss * 2 ** (10 - i)] for i in range(1, 11)]
-    verdict = {"all right": right, "shapes": right}
-    run = dict(job=[name, depth, seed], steps=200, curve=curve, flops=1e9 * depth**3)
-    return run | dict(parameters=1e6 * depth, seen=verdict, unseen=verdict)
+    """200 steps of 10 ms; the loss above its floor halves in each tenth and ends at `loss`."""
+    curve = [[20 * i, 0.2 * i * depth / 4, 0.02 + loss * 2 ** (10 - i)] for i in range(1, 11)]
+    scores = dict(seen=right, unseen=right, distance=0.1, tv=0.2, floor=0.1, same=1.0)
+    scores = {str(n): scores | dict(seen=right * n / 25) for n in architectures.STEPS}
+    run = dict(job=[name, depth, 3e-3, seed], steps=200, curve=curve, flops=1e9 * depth**3)
+    run |= dict(floor=0.02, excess=[loss, *8 * [loss / 2]])
+    return run | dict(parameters=1e6 * depth, scores=scores)
 
 
-def test_losses_at_equal_time_by_hand():
+def test_losses_at_equal_time_by_hand(tmp_path):
     made = [
-        curve_run(name, depth, seed, 0.1, 0.5 + seed / 10)
+        curve_run(name, depth, seed, 0.1 + 0.1 * (name == "dit") * seed, 0.5 + seed / 10)
         for name, depth in architectures.VARIANTS
         for seed in (0, 1)
     ]
-    assert architectures.loss_at(made[0], 190) == pytest.approx(0.1 * 2**0.5)
-    rows = {
-        line.split(" | ")[0]: line.split(" | ") for line in architectures.table(made).splitlines()
-    }
-    assert rows["| dit, depth 5"][2:5] == [
-        "12",
-        "0.1000 ± 0.0000",
-        "0.4000 ± 0.0000",
-    ]  # at step 160
-    assert rows["| dit, depth 4"][3:6] == ["0.1000 ± 0.0000"] * 2 + ["55.0% ± 5.0%"]
-    assert len(architectures.draw(made).getcolors(1 << 20)) > 50
+    assert architectures.loss_at(made[0], 200) == pytest.approx(0.12)
+    middle = math.sqrt(0.12 * 0.22)
+    assert architectures.loss_at(made[0], 190) == pytest.approx(middle)
+    lines = architectures.table(made).split("\n\n")[0].splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in lines}
+    slow = rows["| crossdit, depth 5"]  # at equal time it is at step 160
+    assert slow[3:6] == ["12", "0.1000 ± 0.0000", "0.4000 ± 0.0000"]
+    assert rows["| mmdit, depth 4"][7:9] == ["0.0e+00 ± 0.0e+00", "55.0% ± 5.0%"]
+    assert rows["| dit, depth 4"][7] == "5.0e-02 ± 5.0e-02"  # 0 and 0.1, seed by seed
+    architectures.draw(made, tmp_path / "curves.png")
+    assert len(Image.open(tmp_path / "curves.png").getcolors(1 << 20)) > 50
+
+
+def test_each_network_has_its_rate_and_the_half_blind_have_mmdits(monkeypatch, tmp_path, capsys):
+    best, jobs = {"mmdit": 3e-3, "dit": 6e-3}, []
+
+    def made(out, asked, *how):
+        jobs.extend(asked)
+        distance = lambda job: abs(math.log(job[2] / best[job[0].split(",")[0]]))
+        return [dict(job=job, excess=[distance(job)]) for job in asked]
+
+    monkeypatch.setattr(architectures, "run_missing", made)
+    variants = [("mmdit", 4), ("dit", 4), ("mmdit, context alone", 4), ("dit", 5)]
+    runs = architectures.runs_of(variants, 2, 200, tmp_path)
+    assert [run["job"] for run in runs[:4]] == [
+        (name, depth, best[name.split(",")[0]], 1) for name, depth in variants
+    ]
+    assert {job[3] for job in jobs} == {0, 1, 2}
+    assert "the scan of dit's rate" in capsys.readouterr()[0]
+    assert all(job[1] == 4 for job in jobs if job[3] == 0)
 
 
 def test_the_frontier_by_hand():
@@ -359,18 +411,50 @@ def test_the_report_of_scaling(tmp_path):
         for s in (0, 1)
     ]
     said = scaling.report(made)
-    assert "| 2 | 2.0M | 1.6 | 0.3050 ± 0.0050 | 70.0% ± 0.0% |" in said
+    assert "| 2 | 2.0M | 1.6 | 0.3050 ± 0.0050 | 3.0e-01 ± 5.0e-03 | 70.0% ± 0.0% |" in said
+    assert "| 28.0% ± 0.0% | 21.0% ± 0.0% |" in said  # half of 0.7 (1 - 5/25), and of 10/25
     assert "Rank correlation of final loss and errors on seen pairs: 0.96" in said
-    assert len(scaling.draw(made).getcolors(1 << 20)) > 50
+    scaling.draw(made, tmp_path / "curves.png")
+    assert len(Image.open(tmp_path / "curves.png").getcolors(1 << 20)) > 50
+
+
+def test_curves_have_bands_ticks_and_a_name_at_each_end(tmp_path, monkeypatch):
+    """Names do not lie on each other, and one error tells what is missing."""
+    figure = pytest.importorskip("matplotlib.figure")
+    made, Figure = [], figure.Figure
+
+    def keep(*how, **options):
+        made.append(Figure(*how, **options))
+        return made[-1]
+
+    monkeypatch.setattr(figure, "Figure", keep)
+    ends = {name: [[3, 2, 1 + i / 1e4], [3, 2, 1.001 + i / 1e4]] for i, name in enumerate("abc")}
+    even = {name: ([1, 10, 100], y) for name, y in ends.items()}
+    panel = curves.Panel("steps", "loss", even, level=("floor", 0.9))
+    curves.draw_curves(tmp_path / "curves.png", panel, panel)
+    axes = made[0].axes[0]
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "steps"
+    assert len(axes.collections) == 3 and len(axes.lines) == 4  # bands; curves and the floor
+    texts = {text.get_text(): text for text in axes.texts}
+    heights = sorted(texts[name].xyann[1] for name in "abc")
+    assert set(texts) == {*"abc", "floor"} and np.diff(heights).min() > 0.04
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="the curves need matplotlib: pip install matplotlib"):
+        curves.draw_curves(tmp_path / "no.png", panel)
 
 
 def test_one_real_run_of_an_architecture(monkeypatch):
-    for key, value in dict(validation=4, batch_size=4, precision="fp32").items():
+    changes = dict(validation=8, batch_size=4, precision="fp32", compile=False)
+    for key, value in changes.items():
         monkeypatch.setitem(runs.SHAPES, key, value)
-    run = architectures.trained("crossdit", 1, 0, steps=20, judged=2)
+    few = lambda draw, spread: judged(draw, False, 2, spread // 128)
+    monkeypatch.setattr(architectures, "judged", few)
+    run = architectures.trained("crossdit", 1, 3e-3, 1, steps=20)
     steps, spent, losses = zip(*run["curve"], strict=True)
     assert steps == tuple(range(2, 21, 2)) and sorted(spent) == list(spent)
-    assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 <= run["seen"]["all right"] <= 1
+    assert losses[-1] < losses[0] and run["flops"] > 1e7 and 0 < run["floor"] < losses[-1]
+    assert len(run["excess"]) == 9 and 0 < run["excess"][0] < 2
+    assert "tv" in run["scores"]["25"] and "tv" not in run["scores"]["5"]
     json.dumps(run)
 
 
