@@ -1,18 +1,21 @@
 """What each path costs by itself: the exact field in a few steps. Nothing is trained.
 
-    python -m studies.exact
+    python -m studies.exact [--text]
 
 The table has the energy distance above that of the converged exact field, in thousandths."""
 
 import itertools
+from functools import partial
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 import toy2d
+from data.shapes import NONE, conditions_of, field, paint, rows_of
 from data.toy import number
-from rf import EDM, Field, Formulation, formulation, solve
-from studies.runs import markdown
+from rf import EDM, Field, Formulation, RectifiedFlow, formulation, guide, solve
+from studies.runs import judged, markdown
 from training.options import command
 
 SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
@@ -39,8 +42,32 @@ def exact_samples(formula: Formulation, mixture, noise: Tensor, steps: int, meth
     return mixture.ends(z, times[-1:].clamp(min=1e-6), path)[0]
 
 
-def run(mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring",)) -> None:
-    for name in mixtures:
+def text_table() -> str:
+    """Of shapes, by guidance and Euler steps: what `judged` says of the exact field's samples. The
+    null condition's field rules unseen pairs out, so guidance away from it leaves the data."""
+    exact, null_cond = field(RectifiedFlow()), conditions_of(torch.tensor([NONE]))
+    null_cond = [c[0] for c in null_cond]
+    keys = dict(seen=".1%", unseen=".1%", distance=".4f", tv=".3f", floor=".3f", chi2=".2f")
+    keys |= dict(mutual=".2f", same=".2f")
+    rows = [["guidance", "steps", *keys]]
+    for cfg, steps in itertools.product((1, 3), (1, 2, 4, 8, 25)):
+        scores = judged(partial(solve, guide(exact, null_cond, cfg), steps=steps))
+        cells = (number(scores[key], form) for key, form in keys.items())
+        rows.append([f"{cfg}", f"{steps}", *cells])
+    generator = torch.Generator().manual_seed(0)
+    true = lambda noise, context, _: paint(rows_of(context), generator)
+    scores = judged(true)
+    rows.append(["the data", "", *(number(scores[key], form) for key, form in keys.items())])
+    return markdown(*rows)
+
+
+def run(
+    mixtures: Annotated[list[str], "also NAME-unscaled"] = ("ring",),
+    text: Annotated[bool, "the exact field of shapes instead"] = False,
+) -> None:
+    if text:
+        print(text_table())
+    for name in () if text else mixtures:
         mixture = toy2d.load_mixture(name)
         data, _, noise, best = toy2d.reference(mixture, 0)
         rows = [["path", "solver", *(f"{n} steps" for n in COUNTS)]]

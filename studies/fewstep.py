@@ -104,7 +104,8 @@ def untrained(problem: str, _: str, seed: int, steps: int, out: File) -> dict:
         counts = [n for n in COUNTS if n % stages == 0]
         scores[prefix + name] = {str(n): measured(problem, False, draw(n)) for n in counts}
     if text:
-        true = lambda noise, context, _: paint(rows_of(context), torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(0)
+        true = lambda noise, context, _: paint(rows_of(context), generator)
         scores["the data"] = {"1": measured(problem, False, true)}
     floor = measured(problem, False, partial(solved, fields[""], "heun", 1, 50))
     return dict(scores=scores, floor=floor)
