@@ -61,12 +61,15 @@ def data_of(problem: str):
     return Shapes(Shapes.Options()) if problem == "shapes" else Toy(Toy.Options(problem))
 
 
-def teacher_of(problem: str, seed: int, out: File) -> Sampler:
-    """A model as `train.py` trains it, kept in `out`: one a seed; of shapes one for all."""
+def teacher_of(problem: str, seed: int, out: File, **changes: str) -> Sampler:
+    """A model as `train.py` trains it, with these changes, kept in `out`: one a seed; of shapes one
+    for all."""
     text = problem == "shapes"
     data, seed = data_of(problem), 0 if text else seed
-    recipe = Recipe(**(SHAPES if text else TOY) | dict(seed=seed))
-    file = run_file(out, (problem, seed)).with_suffix(".pt")
+    own = preset("toy2d --network mmdit") if "network" in changes else TOY
+    base = SHAPES if text else own
+    recipe = Recipe(**base | changes | dict(seed=seed))
+    file = run_file(out, (problem, *changes.values(), seed)).with_suffix(".pt")
     if not file.exists():
         save(file, learned(data, recipe).network.state_dict())
     network = data.network(data.spec(), recipe).requires_grad_(False)

@@ -17,7 +17,7 @@ from data.toy import Toy
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
-from studies import fewstep, rivals, runs
+from studies import fewstep, rivals, runs, times
 from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
 from studies.runs import judged, scan
 from toy2d import load_mixture
@@ -457,3 +457,22 @@ def test_the_untrained_rows_of_shapes(little, tmp_path):
     assert exact["4"]["wrong"] == 0 and exact["4"]["distance"] < 0.01 < exact["1"]["distance"]
     guided = scores["exact field, guidance 3: Euler (DDIM)"]
     assert guided["2"]["distance"] > exact["2"]["distance"]
+
+
+def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
+    """Each row has the teacher of its target; the rate is that of seed 0, which is not shown."""
+    targets = [("ring", "mlp", "velocity"), ("ring", "mlp", "diff_eps")]
+    monkeypatch.setattr(times, "ROWS", targets)
+    monkeypatch.setattr(times, "TIMES", (40, 16))
+    monkeypatch.setitem(options.PRESETS["toy2d student"], "batch_size", 64)
+    times.run(2, 10, tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    made = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    of = lambda *job: [run for run in made if run["job"][:4] == list(job)]
+    assert len(made) == 2 * 2 * (2 + 2) and len({run["job"][4] for run in made}) == 2
+    assert {file.name for file in tmp_path.glob("*.pt")} == {
+        f"ring-{kind}{seed}.pt" for kind in ("", "eps%2Flinear-") for seed in (0, 1, 2)
+    }
+    told = [run for run in of(*targets[1], 16) if run["job"][5]]
+    mean = sum(run["student"]["4"]["energy"] for run in told) / len(told)
+    assert said[-1].startswith("| ring, mlp, diff_eps |") and f"| {mean:.1e} ± " in said[-1]

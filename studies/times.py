@@ -1,0 +1,74 @@
+"""How many discrete times PeRFlow needs: N = 1000, 200 and 40 of its code, and 16, ours.
+
+    python -m studies.times        two hours on two cores
+
+All by the code's rules: K = 4 windows, a solve of 8 DDIM steps for each row, one time a solve; for
+each of its targets: the velocity, eps* of DDIM, and SD1.5's diff_eps. The MLP's rate is the better
+one of two on seed 0, which is not reported."""
+
+from functools import partial
+from pathlib import Path as File
+from typing import Annotated
+
+from perflow import PeRFlow
+from studies.fewstep import METRICS, data_of, measured, teacher_of
+from studies.runs import learned, markdown, mean_and_error, run_missing
+from training.options import Count, Recipe, command, pick, preset
+
+TIMES = (1000, 200, 40, 16)
+TARGETS = {"velocity": {}, "epsilon": {"formulation": "eps/linear"}}  # and its teacher's changes
+TARGETS["diff_eps"] = TARGETS["epsilon"]
+ROWS = [(problem, "mlp", target) for problem in ("ring", "grid") for target in TARGETS]
+ROWS += [("ring", "mmdit", "velocity"), ("shapes", "mmdit", "velocity")]
+RATES = {"mlp": (8e-3, 2e-3), "mmdit": (1e-3,), "shapes": (5e-4,)}
+
+
+def trained(
+    problem: str, network: str, target: str, N: int, lr: float, seed: int, steps: int, out: File
+) -> dict:
+    """{evaluations: scores} of a student, and of its teacher's first-order steps."""
+    text = problem == "shapes"
+    changes = TARGETS[target] | ({"network": network} if network == "mmdit" and not text else {})
+    teacher, data = teacher_of(problem, seed, out, **changes), data_of(problem)
+    guidance = dict(guidance="fixed", teacher_cfg=teacher.cfg) if text else {}
+    settings = dict(times=N // 4, evaluations=8, parameterization=target, method="euler", reuse=1)
+    options = PeRFlow.Options(**settings, **guidance)
+    objective = PeRFlow.of(teacher.objective, options, teacher.guided)
+    words = "shapes student" if text else "toy2d student"
+    changes = preset(words) | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
+    student = learned(data, pick(Recipe, teacher.config | changes), objective, teacher)
+    draw = lambda model, n: measured(problem, False, partial(model.sample, steps=n))
+    models = {"student": student, "teacher": teacher}
+    return {name: {str(n): draw(model, n) for n in (4, 8)} for name, model in models.items()}
+
+
+def run(
+    seeds: Annotated[Count, "students of an MLP; an MM-DiT has one", 1, 1000] = 3,
+    steps: Annotated[Count, "training steps of a student", 10, 10**6] = 2000,
+    out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
+) -> None:
+    keys = {"student", "teacher"}
+    made = lambda jobs: run_missing(out, jobs, partial(trained, out=out), steps, keys)
+    key = lambda problem: next(iter(METRICS[problem == "shapes"]))
+    first = lambda run, who="student": run[who]["4"][key(run["job"][0])]
+    rates = lambda row: RATES["shapes" if row[0] == "shapes" else row[1]]
+    cells = [(*row, N) for row in ROWS for N in TIMES]
+    tried = made([(*cell, lr, 0) for cell in cells for lr in rates(cell)])
+    best = {}
+    for run in sorted(tried, key=first, reverse=True):
+        best[tuple(run["job"][:4])] = run["job"][4]
+    numbers = lambda cell: range(1, 1 + (seeds if cell[1] == "mlp" else 1))
+    runs = made([(*cell, best[cell], seed) for cell in cells for seed in numbers(cell)])
+    rows = [["problem, network, target", "teacher", *(f"N = {N}" for N in TIMES)]]
+    for row in ROWS:
+        form = next(iter(METRICS[row[0] == "shapes"].values()))
+        of = {N: [run for run in runs if run["job"][:4] == [*row, N]] for N in TIMES}
+        own = mean_and_error([first(run, "teacher") for run in of[TIMES[0]]], form)
+        values = ([first(run) for run in group] for group in of.values())
+        rows.append([", ".join(row), own, *(mean_and_error(v, form) for v in values)])
+    print("In 4 steps: energy distance, of shapes the share of wrong pictures\n")
+    print(markdown(*rows))
+
+
+if __name__ == "__main__":
+    command(run, __doc__)
