@@ -22,6 +22,7 @@ from sample import Sampler
 from studies.runs import learned
 from train import learning_rate
 from training.options import Recipe
+from training.ranks import compile_blocks
 
 PATH = RectifiedFlow()
 
@@ -109,6 +110,8 @@ class Match(Objective):
         self.critic, self.pairs, self.weight = critic, pairs, weight
         self.reuse, self.updates, self.step = 2 if pairs else 1, updates, 0
         self.rate = partial(learning_rate, recipe)
+        if recipe.compile:
+            compile_blocks(critic)
         self.optimizer = torch.optim.AdamW(
             critic.parameters(), betas=(0.0, 0.99), weight_decay=0, fused=True
         )
