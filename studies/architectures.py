@@ -19,14 +19,21 @@ from torch import Tensor
 from data.networks import NETWORKS
 from data.shapes import Shapes
 from mmdit import MMDiT
-from rf import formulation
 from sample import Sampler
 from studies.curves import Panel, draw_curves
-from studies.runs import SHAPES, judged, markdown, mean_and_error, run_missing, scan
-from train import State, batches, train, validation_loss
+from studies.runs import (
+    POINTS,
+    SHAPES,
+    judged,
+    learned,
+    markdown,
+    mean_and_error,
+    run_missing,
+    scan,
+)
+from train import validation_loss
 from training.folder import training_flops
 from training.options import Count, Recipe, command
-from training.ranks import compile_blocks
 
 
 # ---- Two networks more
@@ -45,47 +52,35 @@ for part in ("context", "pooled"):
     NETWORKS[f"mmdit, {part} alone"] = half_blind(part)
 NAMES = [name for name in NETWORKS if name != "mlp"]
 VARIANTS = [(name, 4) for name in NAMES] + [("dit", 5), ("crossdit", 5), ("uvit", 5)]
-POINTS = 10  # of a curve
 STEPS = (5, 10, 25)  # of sampling, at guidance 3; all figures in the last one
 
 
-# ---- A run: train, and look at the average of the weights ten times on the way
+# ---- A run
 def trained(name: str, depth: int, lr: float, seed: int, steps: int) -> dict:
     """The validation loss over steps and over seconds of training; its floor, and the relative
     excess by t; what is judged at guidance 3, by steps of sampling. Seed 0 is the scan's."""
     data, curve = Shapes(Shapes.Options()), []
     recipe = Recipe(**SHAPES | dict(network=name, depth=depth, lr=lr, steps=steps, seed=seed))
-    torch.manual_seed(seed)
-    network = data.network(data.spec(), recipe)
     held_out = data.held_out(recipe.validation)
-    flops = recipe.batch_size * training_flops(network, *held_out)
-    objective, state = formulation(recipe.formulation), State(network, recipe)
-    sampler = Sampler(state.average, objective, vars(recipe) | dict(spec=data.spec()))
-    for part in (network, state.average) if recipe.compile else ():
-        compile_blocks(part)
+    flops = recipe.batch_size * training_flops(data.network(data.spec(), recipe), *held_out)
+    spent, since = 0.0, time.perf_counter()
 
-    def watched(stream):
-        """The batches; a step of training lasts until the next one is asked for."""
-        seconds = 0.0
-        for batch in stream:
-            start = time.perf_counter()
-            yield batch
-            seconds += time.perf_counter() - start
-            if state.step % (steps // POINTS) == 0 or state.step == steps:
-                field = objective.field(sampler.guided())
-                curve.append((state.step, seconds, validation_loss(field, objective, *held_out)))
+    def watch(step: int, sampler: Sampler) -> None:
+        nonlocal spent, since
+        spent += time.perf_counter() - since
+        objective = sampler.objective
+        loss = validation_loss(objective.field(sampler.guided()), objective, *held_out)
+        curve.append((step, spent, loss))
+        since = time.perf_counter()
 
-    stream = watched(batches(data, objective, recipe, network.null_cond))
-    train(state, objective, stream, recipe)
-    next(stream)  # the last step ends
-    stream.close()
+    sampler = learned(data, recipe, watch=watch)
     _, floor, error, power = data.errors(sampler, recipe.validation).T
     excess = [error.mean() / power.mean(), *(error / power)]
     draw = lambda n: partial(sampler.sample, steps=n, cfg=3.0)
     numbers = STEPS if seed else ()
     scores = {str(n): judged(draw(n), spread=256 * (n == STEPS[-1])) for n in numbers}
     run = dict(curve=curve, flops=flops, floor=floor.mean().item(), scores=scores)
-    size = sum(p.numel() for p in network.parameters())
+    size = sum(p.numel() for p in sampler.network.parameters())
     return run | dict(parameters=size, excess=torch.stack(excess).tolist())
 
 

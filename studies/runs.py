@@ -29,29 +29,42 @@ from training.ranks import compile_blocks
 # Each run has one thread; a network on shapes is compiled, which halves the time
 TOY = preset("toy2d")
 SHAPES = preset("shapes") | dict(threads=1, compile=True)
+POINTS = 10  # of a curve
 SPREAD = "a red circle left of a blue square", "a red triangle above a blue circle"
 
 
 def learned(
-    data, recipe: Recipe, objective=None, start: Sampler | None = None, raw: dict | None = None
-) -> Sampler:
+    data, recipe: Recipe, objective=None, start: Sampler | None = None,
+    raw: dict | None = None, watch: Callable[[int, Sampler], None] | None = None,
+) -> Sampler:  # fmt: skip
     """Train a network on these data, by default a new one, for the recipe's formulation. The
-    Sampler has averaged weights; `raw` gets the network of the last step."""
+    Sampler has averaged weights; `raw` gets the network of the last step, and watch(step, sampler)
+    is called ten times on the way."""
     objective = objective or formulation(recipe.formulation)
     torch.manual_seed(recipe.seed)
     network = data.network(data.spec(), recipe)
     if start:
         network.load_state_dict(start.network.state_dict())
     state = State(network, recipe)
+    sampler = Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
     for part in (network, state.average) if recipe.compile else ():
         compile_blocks(part)
     torch.manual_seed(recipe.seed)  # a critic draws the same, whatever the network has drawn
     stream = batches(data, objective, recipe, network.null_cond)
-    train(state, objective, stream, recipe)
+
+    def watched():
+        for step, batch in enumerate(stream):
+            if watch and step and step % (recipe.steps // POINTS) == 0:
+                watch(step, sampler)
+            yield batch
+
+    train(state, objective, watched(), recipe)
     stream.close()
+    if watch:
+        watch(recipe.steps, sampler)
     if raw is not None:
         raw["network"] = network.eval()
-    return Sampler(state.average, objective, vars(recipe) | {"spec": data.spec()})
+    return sampler
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import numpy as np
 
-from studies.architectures import POINTS, STEPS, grouped, losses_of, runs_of
+from studies.architectures import STEPS, grouped, losses_of, runs_of
 from studies.curves import Panel, draw_curves
 from studies.rank import rank_correlation
-from studies.runs import markdown, mean_and_error
+from studies.runs import POINTS, markdown, mean_and_error
 from training.options import Count, command
 
 

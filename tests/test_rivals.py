@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data import shapes
 from data.toy import Toy
 from perflow import PeRFlow
 from rf import expand, formulation, solve
 from sample import Sampler
-from studies import fewstep, rivals, runs, times
+from studies import fewstep, more, rivals, runs, times
 from studies.rivals import DMD, METHODS, PATH, Match, PlainGAN, Skip, multistep
 from studies.runs import judged, scan
 from toy2d import load_mixture
@@ -476,3 +477,72 @@ def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
     told = [run for run in of(*targets[1], 16) if run["job"][5]]
     mean = sum(run["student"]["4"]["energy"] for run in told) / len(told)
     assert said[-1].startswith("| ring, mlp, diff_eps |") and f"| {mean:.1e} ± " in said[-1]
+
+
+# ---- What the papers show beside their tables
+def test_large_pictures_have_the_exact_velocity():
+    """Of 64 x 64 by brute force: the softmax over all places of a caption's pictures, each pixel
+    four times."""
+    caption, t = "a red circle", torch.tensor([0.3, 0.8])
+    rows = torch.tensor([shapes.row_of(caption)] * 2)
+    placed = shapes.placed_masks()[0, 12:20, 12:20].reshape(-1, 1, 32, 32).double()
+    colour = 2 * torch.tensor(shapes.COLOURS["red"]).double()[:, None, None] - 1
+    every = placed * colour + (1 - placed)
+    every = every.repeat_interleave(2, 2).repeat_interleave(2, 3)  # (64,3,64,64)
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    z = expand(1 - t, noise) * every[[5, 40]] + expand(t, noise) * noise
+    apart = (z[:, None] - expand(1 - t, z)[:, None] * every).square().flatten(2).sum(2)
+    weights = (-apart / (2 * t[:, None] ** 2)).softmax(1)
+    x0_hat = torch.einsum("ni,icxy->ncxy", weights, every)
+    expected = (z - x0_hat) / expand(t, z)
+    found = more.large(z, t.double(), *shapes.conditions_of(rows))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_poor_captions_name_no_colour():
+    data = more.Told(more.Shapes.Options())
+    generator = lambda: torch.Generator().manual_seed(3)
+    data.poor = 0.0
+    x0, context, pooled = data.examples(64, generator())
+    expected = more.Shapes.examples(64, generator())
+    assert all(torch.equal(a, b) for a, b in zip((x0, context, pooled), expected, strict=True))
+    data.poor = 1.0
+    _, poor, counts = data.examples(64, generator())
+    colours = [shapes.VOCABULARY.index(colour) for colour in shapes.COLOURS]
+    assert poor[..., colours].abs().sum() == counts[:, colours].sum() == 0
+    others = [i for i in range(len(shapes.VOCABULARY)) if i not in colours]
+    assert torch.equal(poor[..., others], context[..., others])
+    told = (poor[..., : len(shapes.VOCABULARY)].sum(-1) > 0)[..., None]
+    assert torch.equal(
+        poor[..., len(shapes.VOCABULARY) :], context[..., len(shapes.VOCABULARY) :] * told
+    )
+    data.poor = 0.5
+    _, mixed, _ = data.examples(400, generator())
+    assert 0.4 < (mixed[..., colours].sum((1, 2)) > 0).float().mean() < 0.6
+
+
+def test_the_entropy_of_equal_weights_is_one(little, tmp_path):
+    """At the start of training logits are small; the hook is gone afterwards."""
+    attend = more.mmdit.attend
+    for key in ("validation", "batch_size"):
+        runs.SHAPES[key] = 8
+    scores = more.entropy(False, 1e-9, 1, 10, tmp_path)
+    assert more.mmdit.attend is attend and len(scores) == 1 + 2 * 10
+    assert 0.9 < scores["10: entropy"] <= 1 and scores["10: largest logit"] < 5
+
+
+@pytest.mark.parametrize("name", ["texts", "shift", "perflow", "sync"])
+def test_more_prints_a_table(name, little, tmp_path, monkeypatch, capsys):
+    work, variants, _ = more.STUDIES[name]
+    monkeypatch.setitem(more.STUDIES, name, (work, variants[-2:], 4))
+    few = lambda draw, spread=2: judged(draw, False, 2, min(spread, 2))
+    monkeypatch.setattr(more, "judged", few)
+    monkeypatch.setattr(
+        more, "yardsticks", lambda draw, mixture: dict(energy=draw(normal(9)).mean().item())
+    )
+    monkeypatch.setitem(options.PRESETS["toy2d student"], "batch_size", 64)
+    more.run([name], tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("\n| ") == 1 + len(variants[-2:]) and ("±" in said) == (name == "perflow")
+    with pytest.raises(ValueError, match="'shifts'; choose from texts, captions"):
+        more.run(["shifts"], tmp_path)
