@@ -512,20 +512,18 @@ def test_poor_captions_name_no_colour():
     assert poor[..., colours].abs().sum() == counts[:, colours].sum() == 0
     others = [i for i in range(len(shapes.VOCABULARY)) if i not in colours]
     assert torch.equal(poor[..., others], context[..., others])
-    told = (poor[..., : len(shapes.VOCABULARY)].sum(-1) > 0)[..., None]
-    assert torch.equal(
-        poor[..., len(shapes.VOCABULARY) :], context[..., len(shapes.VOCABULARY) :] * told
-    )
+    (words, places), (_, full) = (c.split([len(shapes.VOCABULARY), 8], -1) for c in (poor, context))
+    assert torch.equal(places, full * (words.sum(-1, keepdim=True) > 0))
     data.poor = 0.5
     _, mixed, _ = data.examples(400, generator())
     assert 0.4 < (mixed[..., colours].sum((1, 2)) > 0).float().mean() < 0.6
 
 
-def test_the_entropy_of_equal_weights_is_one(little, tmp_path):
+def test_the_entropy_of_equal_weights_is_one(little, tmp_path, monkeypatch):
     """At the start of training logits are small; the hook is gone afterwards."""
     attend = more.mmdit.attend
     for key in ("validation", "batch_size"):
-        runs.SHAPES[key] = 8
+        monkeypatch.setitem(runs.SHAPES, key, 8)
     scores = more.entropy(False, 1e-9, 1, 10, tmp_path)
     assert more.mmdit.attend is attend and len(scores) == 1 + 2 * 10
     assert 0.9 < scores["10: entropy"] <= 1 and scores["10: largest logit"] < 5
@@ -537,9 +535,8 @@ def test_more_prints_a_table(name, little, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(more.STUDIES, name, (work, variants[-2:], 4))
     few = lambda draw, spread=2: judged(draw, False, 2, min(spread, 2))
     monkeypatch.setattr(more, "judged", few)
-    monkeypatch.setattr(
-        more, "yardsticks", lambda draw, mixture: dict(energy=draw(normal(9)).mean().item())
-    )
+    energy = lambda draw, mixture: dict(energy=draw(normal(9)).mean().item())
+    monkeypatch.setattr(more, "yardsticks", energy)
     monkeypatch.setitem(options.PRESETS["toy2d student"], "batch_size", 64)
     more.run([name], tmp_path)
     said = capsys.readouterr().out
