@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import browser  # noqa: F401, a fixture
 
 pytest.register_assert_rewrite("helpers", "tiny_sd3")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identical runs are promised for a CPU only

@@ -316,7 +316,7 @@ def noised(caption, t, path, n=1, seed=0):
 @pytest.mark.parametrize("path", [RectifiedFlow(), Cosine(), EDM()], ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("given", [ONE, TWO, "a purple triangle below a black circle"])
 def test_the_posterior_equals_brute_force_over_all_pictures(given, path):
-    """Also where z is of a picture of another caption."""
+    """The softmax over all pictures of a caption, drawn one by one, also where z is of another."""
     for t, shown in ((0.3, given), (0.8, ONE), (0.95, given)):
         z = noised(shown, t, path)
         expected = brute_force(z[0], t, path, given)
