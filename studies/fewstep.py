@@ -202,7 +202,7 @@ def study(problem: str, seeds: int, steps: int, out: File) -> None:
     first = lambda run: next(iter(run["scores"].values()))[key]
     scores = lambda pairs: map(first, made([(problem, name, lr, 0) for name, lr in pairs]))
     scans = scan(middles, 3 if text else 2, scores)
-    best = {name: min(scan, key=scan.get) for name, scan in scans.items()}
+    best = {name: min(found, key=found.get) for name, found in scans.items()}
     runs = made([(problem, name, lr, seed) for seed in numbers for name, lr in best.items()])
     groups = {name: [run["scores"][name] for run in teachers] for name in teachers[0]["scores"]}
     for name in chosen:

@@ -126,7 +126,7 @@ class Match(Objective):
 
     def target(self, network: Field, average: Field, rows: Rows) -> Rows:
         noise, t, x0, *cond = (c[:: self.reuse] for c in rows)
-        draw = lambda z: (z - network(z, t, *cond)).detach()
+        draw = torch.no_grad()(lambda z: z - network(z, t, *cond))
         goal = x = draw(noise)
         if self.weight:
             self.optimizer.param_groups[0]["lr"] = self.rate(self.step)
