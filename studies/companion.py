@@ -79,7 +79,7 @@ def tests() -> dict[str, tuple[str, int, str]]:
 # ---- Pictures, drawn from the code
 def svg(curves: dict, x: str, y: str) -> str:
     """Curves {name: (x (n,), y (n,))} in one small frame, their names beside it."""
-    W, H, left = 270, 150, 30
+    W, H, left = 270, 150, 38
     xs, ys = (torch.cat([curve[i] for curve in curves.values()]).double() for i in (0, 1))
     place = lambda v, of, size: (v - of.min()) / (of.max() - of.min()) * size
     parts = [f'<path d="M{left} 0V{H}H{W}"/>']
@@ -99,7 +99,7 @@ def svg(curves: dict, x: str, y: str) -> str:
     return f"<figure>{frame}{''.join(parts)}</svg><figcaption>{y}, over {x}</figcaption></figure>"
 
 
-T = torch.linspace(0.01, 0.99, 60, dtype=torch.float64)
+T = torch.linspace(0.01, 0.99, 61, dtype=torch.float64)
 X = torch.linspace(-8, 8, 80, dtype=torch.float64)
 over_t = lambda curves, y: svg({name: (T, f(T)) for name, f in curves.items()}, "t", y)
 densities = lambda *names: over_t({n: formulation(n).timesteps.density for n in names}, "π(t)")
@@ -141,7 +141,7 @@ def window() -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "paths": paths, "log_snr": log_snr, "weights": weights, "shift": shift, "window": window,
     "lognorm": partial(densities, *(f"rf/lognorm({ms})" for ms in ("0,1", "0.5,0.6", "-0.5,1"))),
-    "mode": partial(densities, "rf/mode(-1)", "rf", "rf/mode(0.81)", "rf/mode(1.29)"),
+    "mode": partial(densities, "rf/mode(-1)", "rf", "rf/mode(0.83)", "rf/mode(1.29)"),
     "cosmap": partial(densities, "rf/cosmap", "rf"),
 }  # fmt: skip
 
@@ -176,25 +176,29 @@ def prose(text: str) -> str:
 
 
 def article(row: Row) -> str:
+    """The docstring of the first object that has one is the row's text; the others stand above
+    their code."""
     from latex2mathml.converter import convert
 
-    objects = {name: cut(name) for name in row.code}
-    doc = next((text for _, _, _, text in objects.values() if text), "")
     math = "".join(convert(line, display="block") for line in row.tex.split(r" \\ "))
-    left = [f'<h3><a href="#{row.id}">{row.title}</a></h3><div class="tex">{math}</div>']
-    left += [f"<p>{prose(doc)}</p>"] if doc else []
+    top = '<a href="#contents" aria-label="to the contents">↑</a>'
+    left = [f'<h3><a href="#{row.id}">{row.title}</a> {top}</h3><div class="tex">{math}</div>']
+    right = []
+    for name in row.code:
+        file, number, lines, doc = cut(name)
+        place = f'<div class="at"><a href="{file}#L{number}">{file}:{number}</a> {name}</div>'
+        text = [f"<p>{prose(doc)}</p>"] if doc else []
+        code = f'<pre tabindex="0">{highlighted(number, lines)}</pre>'
+        if len(left) == 1:
+            left, text = left + text, []
+        right += [place, *text, code]
     left += [f'<p class="note">{prose(row.note)}</p>'] if row.note else []
     left += [PICTURES[row.picture]()] if row.picture else []
-    right = []
-    for name, (file, number, lines, _) in objects.items():
-        right.append(f'<div class="at"><a href="{file}">{file}:{number}</a> {name}</div>')
-        right.append(f'<pre tabindex="0">{highlighted(number, lines)}</pre>')
     proofs = []
     for name in row.tests:
         file, number, claim = tests()[name]
-        proofs.append(
-            f'<li>{prose(claim)}<br><a href="{file}"><code>{file}:{number} {name}</code></a>'
-        )
+        place = f'<a href="{file}#L{number}"><code>{file}:{number} {name}</code></a>'
+        proofs.append(f"<li>{prose(claim)}<br>{place}")
     right.append(f'<ul class="tests">{"".join(proofs)}</ul>')
     return f'<article id="{row.id}"><div>{"".join(left)}</div><div>{"".join(right)}</div></article>'
 

@@ -196,6 +196,7 @@ def compare(net, args, **config):
 @flags
 @pytest.mark.parametrize(("H", "W", "L"), [(4, 4, 3), (6, 10, 5), (14, 2, 1)])
 def test_equals_the_slow_rewrite(qk_norm, shared, H, W, L):
+    """Output and activations against loops over examples, heads, tokens and pixels, to 1e-10."""
     net = network(qk_norm=qk_norm, shared=shared)
     errors = compare(net, inputs(H, W, L), shared=shared)
     assert max(errors.values()) < 1e-10, errors
@@ -240,6 +241,7 @@ def released_keys(depth, qk_norm=False):
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_names_are_the_released_ones(depth, qk_norm):
+    """The keys of the state dict against the released checkpoint's, written out."""
     assert set(MMDiT(depth, **SMALL, qk_norm=qk_norm).state_dict()) == released_keys(depth, qk_norm)
 
 
@@ -306,6 +308,7 @@ def test_sharing_equals_copying_the_weights():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_zero_at_initialisation(shared):
+    """adaLN-zero: a new network answers 0, its gates and its output are zeros."""
     torch.manual_seed(0)
     net = MMDiT(2, **SMALL, qk_norm=True, shared=shared)
     x = inputs(dtype=torch.float32)
@@ -516,6 +519,7 @@ def test_positions_by_the_formula(size, base):
     ("h", "w", "top", "left"), [(7, 7, 0, 0), (3, 3, 2, 2), (1, 4, 3, 1), (6, 2, 0, 2)]
 )
 def test_positions_are_cropped_at_the_centre(h, w, top, left):
+    """Token by token, for wide, high and small pictures."""
     net = network()
     got = net.positions(h, w).reshape(h, w, 128)
     grid = net.pos_embed.reshape(7, 7, 128)

@@ -48,6 +48,7 @@ def untaught(z, t, *cond):
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_window_holds_t_and_its_start_belongs_to_it(windows, dtype):
+    """t_{k-1} < t <= t_k of a thousand t and of every edge."""
     perflow = PeRFlow(untaught, RF, windows)
     t = torch.cat(
         [1 - torch.rand(1000, generator=seeded(), dtype=dtype), perflow.edges[1:].to(dtype)]
@@ -174,6 +175,7 @@ def test_the_batched_solve_equals_one_per_window_and_sees_its_own_window(method,
 
 
 def test_one_window_is_reflow_from_pure_noise():
+    """K = 1 starts at eps itself, and its target is eps less where the flow ends."""
     x0, eps, t = examples()
     perflow = PeRFlow(mixture().field(RF), RF, 1)
     z_start, z_end = perflow.solve_window(x0, eps, t)
@@ -249,6 +251,7 @@ def test_diff_eps_is_the_noise_that_leads_from_the_windows_end_to_its_start():
 
 
 def test_epsilon_form_holds_for_any_lambda_and_eta():
+    """With random lambda_k and eta_k the sampler's velocity is the line's slope."""
     x0, eps, t = examples()
     perflow = PeRFlow(mixture().field(LDM), LDM, 3, parameterization="epsilon")
     g = seeded(3)
@@ -280,6 +283,7 @@ def test_both_parameterizations_have_one_minimiser():
 
 @pytest.mark.parametrize("windows, times", [(4, 4), (4, 250), (3, 5), (1, 4), (UNEVEN, 3)], ids=str)
 def test_discrete_times_are_the_official_ones_and_equally_likely(windows, times):
+    """Against 1 - floor(uN)/N of the same u; each as often as the others."""
     n, perflow = 40_000, PeRFlow(untaught, RF, windows, times=times)
     t, u = perflow.draw(n, seeded()), torch.rand(n, generator=seeded())
     N = perflow.windows * times
@@ -390,6 +394,7 @@ def test_loss(times):
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("parameterization", ["velocity", "epsilon"])
 def test_steps_never_cross_an_edge(windows, parameterization):
+    """From K to 4K steps: every edge is a time, counts differ by one, the noisiest have more."""
     path = RF if parameterization == "velocity" else LDM
     perflow = PeRFlow(untaught, path, windows, parameterization=parameterization, times=None)
     K, edges = perflow.windows, perflow.edges
@@ -463,6 +468,7 @@ def test_curvature_of_a_known_field():
 
 
 def test_plugging_the_delta_onto_the_teacher_gives_the_student():
+    """Weight by weight, to rounding; plugging twice warns."""
     torch.manual_seed(0)
     teacher, student = MLP(classes=3), MLP(classes=3)
     change = delta(student, teacher.state_dict())

@@ -71,6 +71,7 @@ def close(x, y, rel=1e-9):
 
 @paths
 def test_coefficients_derivatives_match_autograd(path):
+    """a', b' and lambda' of every path against autograd of a, b and lambda."""
     t = inner(50)
     close(path.da(t), derivative(path.a, t))
     close(path.db(t), derivative(path.b, t))
@@ -109,6 +110,7 @@ def test_endpoints():
 
 
 def test_linear_schedules_are_the_published_products():
+    """a against the product of (1 - beta), beta as published."""
     for path, beta in (
         (rf.DDPMLinear(), [1e-4 + i / 999 * (0.02 - 1e-4) for i in range(1000)]),
         (
@@ -124,6 +126,7 @@ def test_linear_schedules_are_the_published_products():
 @paths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_time_inverts_log_snr(path, dtype):
+    """The t of a log-SNR is that t again, on every path."""
     t = inner(200).to(dtype)
     tolerance = 1e-9 if dtype == F64 else 2e-5
     torch.testing.assert_close(path.time(path.log_snr(t)), t, rtol=0, atol=tolerance)
@@ -133,6 +136,7 @@ def test_time_inverts_log_snr(path, dtype):
 @paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_coefficients_keep_float32_accuracy(path, dtype):
+    """Coefficients of half and single precision t against float64."""
     t = torch.linspace(0.001, 0.999, 300).to(dtype)
     t = t[(t > 0) & (t < 1)]
     for got, exact in zip(path.coefficients(t), path.coefficients(t.double()), strict=True):
@@ -146,6 +150,7 @@ def test_coefficients_keep_float32_accuracy(path, dtype):
 
 
 def test_edm_log_snr_is_normal_15():
+    """Kolmogorov's distance of 100,000 lambda to N(-2 P_m, (2 P_s)^2)."""
     t = torch.rand(100_000, dtype=F64, generator=torch.Generator().manual_seed(0))
     lam = EDM(-0.6, 1.8).log_snr(t)
     assert ks(
@@ -205,6 +210,7 @@ def test_edm_prediction_is_the_published_preconditioning():
 
 @paths
 def test_losses_8_11_12_agree_per_sample(path):
+    """The three, written out as printed, on the same noise and output."""
     g = torch.Generator().manual_seed(0)
     t = inner(60)
     x0, eps, v = torch.randn(3, 60, 2, dtype=F64, generator=g)
@@ -297,6 +303,7 @@ def gauss(x, m, s):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_match_closed_forms(name):
+    """The one line against t/(1-t) pi(t), sech(lambda/2)/pi, 2 e^(-lambda/2)/pi, 8 times (16)."""
     f, t = formulation(name), inner(50)
     close(f.weight(t), WEIGHTS[name](t, f.path.log_snr(t)), 1e-8)
 
@@ -359,6 +366,7 @@ def ks(x, cdf):
     "density", DENSITIES, ids=lambda d: f"{type(d).__name__}{list(vars(d).values())}"
 )
 def test_densities_integrate_to_one_and_match_their_samplers(density):
+    """Quadrature, and Kolmogorov's distance of 40,000 draws to the density's integral."""
     grid = torch.special.ndtr(torch.linspace(-7, 7, 40001, dtype=F64))  # dense at the ends
     cdf = torch.cumulative_trapezoid(density.density(grid), grid)
     assert cdf[-1].item() == pytest.approx(1, abs=1e-4)
@@ -379,7 +387,18 @@ def test_mode_at_its_ends_integrates_in_u(s):
     assert Mode(0).density(t).tolist() == pytest.approx([1] * 2000)
 
 
+def test_mode_is_20_as_printed():
+    """f at u = 1/4, and the density where t is 1/2: |1/f'(1/2)|, f' = -1 - s + s pi/2 sin(pi u)."""
+    u, half = torch.tensor(0.25, dtype=F64), torch.tensor(0.5, dtype=F64)
+    for s in (-1, 0.38, 1.75):
+        f = 1 - 0.25 - s * (math.cos(math.pi / 8) ** 2 - 1 + 0.25)
+        assert Mode(s).f(u).item() == pytest.approx(f, rel=1e-12)
+        at_half = 1 / (1 + s - s * math.pi / 2)
+        assert Mode(s).density(half).item() == pytest.approx(at_half, rel=1e-9)
+
+
 def test_cosmap_gives_rf_the_cosine_log_snr():
+    """t = f(u), (21) as printed, has the cosine path's log-SNR at u; (22) is |1/f'| there."""
     u = inner(50)
     t = 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)  # (21) as printed
     close(rf.RectifiedFlow().log_snr(t), Cosine().log_snr(u), 1e-9)
@@ -391,6 +410,7 @@ def test_cosmap_gives_rf_the_cosine_log_snr():
 
 
 def test_densities_at_the_ends():
+    """Finite, and the limits, where the formulas are 0/0."""
     ends = torch.tensor([0.0, 1.0])
     assert LogitNormal(1, 2.2).density(ends).tolist() == [0, 0]
     assert CosMap().density(ends).tolist() == pytest.approx([2 / math.pi] * 2)
@@ -400,7 +420,10 @@ def test_densities_at_the_ends():
 
 
 def test_the_study_has_61_names_that_mean_what_they_say():
+    """4 + 9 + 30 + 1 + 15 + 2 names, their arguments in their places."""
     assert len(STUDY) == len(set(STUDY)) == 61
+    heads = ("rf/lognorm", "rf/mode", "edm(", "edm/", "rf/cosmap")
+    assert [sum(name.startswith(head) for name in STUDY) for head in heads] == [30, 8, 15, 2, 1]
     assert all(formulation(name).name == name for name in STUDY)
     assert formulation("rf/mode(1.29)").timesteps.s == 1.29
     f = formulation("rf/lognorm(-0.50,2.20)")
@@ -453,6 +476,7 @@ def exact_network(f, m):
 
 @every_formulation
 def test_exact_network_gives_exact_ends_velocity_and_rectified_field(name):
+    """E[target | z] as the network: the ends are the posterior means, both velocities (6)."""
     f, m = formulation(name), mixture()
     network, path = exact_network(f, m), f.path
     g = torch.Generator().manual_seed(0)
@@ -499,6 +523,7 @@ def test_sample_of_the_exact_network_lands_on_the_mixture(name):
 
 @every_formulation
 def test_one_plane_step_is_exact_for_a_point_mass(name):
+    """One or three steps of every formulation end at the point."""
     f, x0 = formulation(name), torch.tensor([[0.3, -0.7]], dtype=F64)
     noise = torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
 
@@ -514,6 +539,7 @@ def test_one_plane_step_is_exact_for_a_point_mass(name):
 
 
 def test_one_euler_step_is_exact_for_a_point_mass_on_rf():
+    """One step of `solve` from t = 1 to 0 ends at the point, on the straight path."""
     x0, z = torch.tensor([[2.0, -1.0]]), torch.randn(4, 2)
     v = rf.RectifiedFlow()
     velocity = lambda z, t: v.conditional_velocity(
@@ -597,6 +623,7 @@ def test_times_of_a_sample_fall_from_noise_to_data(name, method):
 
 
 def test_default_grids():
+    """They fall from t_max to t_min: uniform in t, or of EDM in sigma^(1/7)."""
     for name in STUDY:
         f = formulation(name)
         grid = f.path.grid(10)
@@ -695,6 +722,7 @@ def test_solve_never_scales_and_keeps_dtype():
 
 
 def test_guidance_is_one_doubled_batch():
+    """v_uncond + s (v_cond - v_uncond), in one call with the null condition broadcast."""
     calls = []
 
     def field(z, t, label, context):
@@ -719,6 +747,7 @@ def test_guidance_is_one_doubled_batch():
 
 @pytest.mark.parametrize("s", [1.0, 3.0, 0.5])
 def test_shift_is_5_3_2_and_applied_once(s):
+    """The formula as printed, in training's draws and in sampling's times."""
     t = torch.linspace(0, 1, 21, dtype=F64)
     shifted = s * t / (1 + (s - 1) * t)
     close(rf.RectifiedFlow().shift(t, s), shifted)

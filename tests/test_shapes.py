@@ -459,6 +459,7 @@ def few(right):
 
 
 def test_a_run_ends_with_its_table_and_its_sheet(model, capsys, monkeypatch, own_process):
+    """The report of a run, and its pictures."""
     assert Image.open(model / "samples.png").size[0] > 800
     log = (model / "log.jsonl").read_text()
     assert "right" in log and 0 < json.loads(log.splitlines()[-1])["excess"] < 10
@@ -520,6 +521,7 @@ def test_a_prompt_for_a_model_without_text_is_one_line(finished, tmp_path, monke
     "flags", [[], ["--guidance", "fixed", "--teacher-cfg", "3"]], ids=["sync", "fixed"]
 )
 def test_students_of_shapes(model, tmp_path, monkeypatch, capsys, own_process, flags):
+    """Sync and fixed guidance train, sample and say which guidance they were trained for."""
     monkeypatch.setattr(Shapes, "right", staticmethod(few(Shapes.right)))
     args = ["--perflow", model / "checkpoint.pt", "--steps", 4, "--batch-size", 8, *flags]
     monkeypatch.setattr(
