@@ -13,15 +13,12 @@ from training.folder import written
 
 @dataclass
 class Panel:
-    """One frame: the axes' names with their units, and curves {name: (x (n,), y)}, where y is (n,)
-    or (seeds,n), which is drawn as its mean and a band of one standard error."""
+    """One frame: the axes' names with their units, and curves {name: (x (n,), y (n,) or (seeds,n))}:
+    the mean over seeds, with a band of one standard error."""
 
     x: str
     y: str
     curves: dict
-    scales: tuple[str, str] = ("log", "log")
-    limits: tuple[float, float] | None = None
-    level: tuple[str, float] | None = None  # a dashed line and its name
 
 
 def draw_curves(file: File, *panels: Panel) -> None:
@@ -32,7 +29,7 @@ def draw_curves(file: File, *panels: Panel) -> None:
         raise InputError("the curves need matplotlib: pip install matplotlib") from None
     figure = Figure((6.4 * len(panels), 4.6), dpi=110, layout="constrained")
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        axes.set(xlabel=panel.x, ylabel=panel.y, xscale=panel.scales[0], yscale=panel.scales[1])
+        axes.set(xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         ends = []
@@ -44,16 +41,9 @@ def draw_curves(file: File, *panels: Panel) -> None:
                 error = y.std(0, ddof=1) / len(y) ** 0.5
                 axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
             ends.append((name, x[-1], mean[-1], colour))
-        if panel.level:
-            name, height = panel.level
-            axes.axhline(height, color="0.4", ls="--", lw=1)
-            axes.annotate(name, (0.02, height), (0, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", color="0.3", fontsize=9)  # fmt: skip
-        if panel.limits:
-            axes.set_ylim(*panel.limits)
-        for axis, scale in zip((axes.xaxis, axes.yaxis), panel.scales, strict=True):
+        for axis in (axes.xaxis, axes.yaxis):
             low, high = axis.get_view_interval()
-            if scale == "log" and high < 20 * low:  # less than two powers of ten: name the ticks
+            if high < 20 * low:  # hardly a power of ten is inside: name the ticks between
                 axis.set_minor_formatter("{x:g}")
                 axis.set_major_formatter("{x:g}")
         label_ends(axes, ends)

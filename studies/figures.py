@@ -1,8 +1,6 @@
-"""Two pictures: the exact flow lines of each path, and the densities of t beside the log-SNRs.
+"""The exact flow lines of four paths, each in its coordinates: paths.png.
 
-    python -m studies.figures --out assets
-
-paths.png has each path in its coordinates; densities.png has SD3's figure 11 on its left side."""
+python -m studies.figures --out assets"""
 
 from pathlib import Path as File
 from typing import Annotated
@@ -14,11 +12,8 @@ import toy2d
 from data.pictures import Canvas, hues, tile
 from data.toy import scene
 from rf import formulation
-from studies.curves import Panel, draw_curves
 from studies.exact import SHOWN, exact_network
 from training.options import command
-
-SAMPLED = ("rf", "rf/lognorm(0.00,1.00)", "rf/lognorm(0.50,0.60)", "rf/mode(1.29)", "rf/cosmap")
 
 
 def walk(formula, mixture, noise: Tensor, steps: int) -> Tensor:
@@ -45,14 +40,7 @@ def run(
         panels.append(canvas.done(key))
     title = "Exact flow lines; in white, five first-order steps"
     tile([panels[:2], panels[2:]], title).save(out / "paths.png")
-    t = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
-    pi = {name: (t, formulation(name).timesteps.density(t)) for name in SAMPLED}
-    snr = {name: (t, formulation(name).path.log_snr(t)) for name in SHOWN}
-    even = ("linear", "linear")
-    left = Panel("t (0 is data, 1 is noise)", "density pi(t) of training's t", pi, even, (0, 4))
-    right = Panel("t (0 is data, 1 is noise)", "log-SNR lambda(t)", snr, even, (-12, 12))
-    draw_curves(out / "densities.png", left, right)
-    print(f"wrote {out}/paths.png, {out}/densities.png")
+    print(f"wrote {out}/paths.png")
 
 
 if __name__ == "__main__":

@@ -180,8 +180,7 @@ def test_what_the_exact_field_of_shapes_draws(monkeypatch):
 
 def test_pictures(tmp_path):
     figures.run(out=tmp_path)
-    for name in ("densities", "paths"):
-        assert len(Image.open(tmp_path / f"{name}.png").getcolors(1 << 20)) > 100
+    assert len(Image.open(tmp_path / "paths.png").getcolors(1 << 20)) > 100
 
 
 def test_a_walk_starts_in_noise_and_ends_in_the_samples():
@@ -443,14 +442,14 @@ def test_curves_have_bands_ticks_and_a_name_at_each_end(tmp_path, monkeypatch):
     monkeypatch.setattr(figure, "Figure", keep)
     ends = {name: [[3, 2, 1 + i / 1e4], [3, 2, 1.001 + i / 1e4]] for i, name in enumerate("abc")}
     even = {name: ([1, 10, 100], y) for name, y in ends.items()}
-    panel = curves.Panel("steps", "loss", even, level=("floor", 0.9))
+    panel = curves.Panel("steps", "loss", even)
     curves.draw_curves(tmp_path / "curves.png", panel, panel)
     axes = made[0].axes[0]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "steps"
-    assert len(axes.collections) == 3 and len(axes.lines) == 4  # bands; curves and the floor
+    assert len(axes.collections) == len(axes.lines) == 3  # bands and curves
     texts = {text.get_text(): text for text in axes.texts}
     heights = sorted(texts[name].xyann[1] for name in "abc")
-    assert set(texts) == {*"abc", "floor"} and np.diff(heights).min() > 0.04
+    assert set(texts) == {*"abc"} and np.diff(heights).min() > 0.04
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="the curves need matplotlib: pip install matplotlib"):
         curves.draw_curves(tmp_path / "no.png", panel)
