@@ -13,8 +13,8 @@ from training.folder import written
 
 @dataclass
 class Panel:
-    """One frame: the axes' names with their units, and curves {name: (x (n,), y (n,) or (seeds,n))}:
-    the mean over seeds, with a band of one standard error."""
+    """One frame: the axes' names with their units; and curves {name: (x, y)}, x (n,) and y (n,) or
+    (seeds,n), of which the mean is drawn, with a band of one standard error."""
 
     x: str
     y: str
