@@ -410,16 +410,34 @@ def test_the_study_keeps_its_teacher_and_its_runs(tmp_path, little, monkeypatch,
 
 
 def test_a_scan_goes_on_while_its_best_rate_is_at_an_end():
-    best, asked = {"inside": 1.0, "low": 1e-9}, []
+    best, asked = {"inside": 1.0, "low": 1e-9, "high": 1e9}, []
+
+    def score(name, lr):
+        return math.nan if name == "inside" and lr == 2 else abs(math.log(lr / best[name]))
 
     def scores(pairs):
-        asked.append(pairs)
-        return [abs(math.log(lr / best[name])) if lr < 2 else math.nan for name, lr in pairs]
+        asked.append(len(pairs))
+        return [score(*pair) for pair in pairs]
 
-    scans = scan({"inside": 1.0, "low": 1.0}, 2, scores)
+    scans = scan(dict.fromkeys(best, 1.0), 2, scores)
     assert sorted(scans["inside"]) == [0.5, 1, 2] and scans["inside"][2] == math.inf
     assert sorted(scans["low"]) == [0.12, 0.25, 0.5, 1, 2]  # five, then it ends
-    assert [len(pairs) for pairs in asked] == [6, 7, 8]
+    assert sorted(scans["high"]) == [0.5, 1, 2, 4, 8] and asked == [9, 11, 13]
+
+
+def test_no_table_reports_what_a_scan_saw():
+    """Other captions and other noise; the same ones each time."""
+    seen = []
+
+    def draw(noise, *cond):
+        seen.append((noise.sum().item(), cond[0].sum((0, 1)).tolist()))
+        return torch.ones_like(noise)
+
+    for which in (False, False, True):
+        judged(draw, which, 8, 0)
+    assert seen[:2] == seen[2:4] and not any(
+        a == b for a, b in zip(seen[:2], seen[4:], strict=True)
+    )
 
 
 def test_paired_differences_by_hand(monkeypatch):
