@@ -492,7 +492,10 @@ def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
     assert {file.name for file in tmp_path.glob("*.pt")} == {
         f"ring-{kind}{seed}.pt" for kind in ("", "eps%2Flinear-") for seed in (0, 1, 2)
     }
+    energy = lambda run: run["student"]["4"]["energy"]
     told = [run for run in of(*targets[1], 16) if run["job"][5]]
+    best = min((run for run in of(*targets[1], 16) if not run["job"][5]), key=energy)
+    assert {run["job"][4] for run in told} == {best["job"][4]}
     mean = sum(run["student"]["4"]["energy"] for run in told) / len(told)
     assert said[-1].startswith("| ring, mlp, diff_eps |") and f"| {mean:.1e} ± " in said[-1]
 

@@ -154,12 +154,14 @@ def test_ring_and_grid_are_as_specified():
 def test_energy_distance_is_unbiased_and_right():
     """Against the double loop, and the closed form of two shifted point clouds' limit."""
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(30, 2, generator=g), torch.randn(40, 2, generator=g) + 0.5
+    n, m = 150, 140  # more than one block of rows
+    x, y = torch.randn(n, 2, generator=g), torch.randn(m, 2, generator=g) + 0.5
     mean = lambda a, b, skip: sum(
         math.dist(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (skip and i == j)
     )
     xs, ys = x.tolist(), y.tolist()
-    expected = 2 * mean(xs, ys, False) / 1200 - mean(xs, xs, True) / 870 - mean(ys, ys, True) / 1560
+    expected = 2 * mean(xs, ys, False) / (n * m)
+    expected -= mean(xs, xs, True) / (n * (n - 1)) + mean(ys, ys, True) / (m * (m - 1))
     assert energy_distance(x, y) == pytest.approx(expected, rel=1e-6)
     same = [energy_distance(*torch.randn(2, 50, 2, generator=g)) for _ in range(300)]
     assert abs(sum(same) / 300) < 5 * torch.tensor(same).std().item() / math.sqrt(300)
