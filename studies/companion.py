@@ -100,7 +100,6 @@ def svg(curves: dict, x: str, y: str) -> str:
 
 
 T = torch.linspace(0.01, 0.99, 61, dtype=torch.float64)
-X = torch.linspace(-8, 8, 80, dtype=torch.float64)
 over_t = lambda curves, y: svg({name: (T, f(T)) for name, f in curves.items()}, "t", y)
 densities = lambda *names: over_t({n: formulation(n).timesteps.density for n in names}, "π(t)")
 
@@ -117,10 +116,9 @@ def log_snr() -> str:
 
 
 def weights() -> str:
-    """Over lambda, as L_w is the integral of w |eps_Theta - eps|^2 over lambda on any path."""
     names = "rf", "rf/lognorm(0.00,1.00)", "eps/cos", "v/cos", "edm(-1.20,1.20)"
-    of = [formulation(name) for name in names]
-    return svg({f.name: (X, f.weight(f.path.time(X)).log10()) for f in of}, "λ", "log10 of w")
+    of = {name: formulation(name).weight for name in names}
+    return over_t({name: lambda t, w=w: w(t).log10() for name, w in of.items()}, "log10 of w")
 
 
 def shift() -> str:

@@ -89,7 +89,7 @@ SECTIONS: dict[str, list[Row]] = {
           ["test_losses_8_11_12_agree_per_sample", "test_losses_8_and_12_are_loss_times_the_weight_that_makes_them_equal"]),
         R("L_w", "weight", "L_w, the loss with a weight", r"\mathcal{L}_w(x_0) = -\frac{1}{2} \mathbb{E}_{t \sim U,\, \varepsilon}\left[ w_t \lambda_t' \left\lVert \varepsilon_\Theta(z_t, t) - \varepsilon \right\rVert^2 \right] \\ w_t = -\frac{2 \pi(t)}{\lambda_t'} \left( \frac{\det}{a_t} \right)^2",
           ["rf.Formulation.weight"], ["test_loss_is_L_w_with_the_one_line_weight", "test_weights_match_closed_forms"],
-          "The second line is ours; (8) itself has w = −½ λ' b². Over λ, L_w is the integral of w |ε_Θ − ε|² on any path, so the picture compares all. Norms are means over dimensions.", mark="L_w", picture="weights"),
+          "The second line is ours; (8) itself has w = −½ λ' b². Norms are means over dimensions.", mark="L_w", picture="weights"),
         R("step", "plane", "the plane's step", r"z_s = a_s \hat{x}_0 + b_s \hat{\varepsilon}",
           ["rf.Formulation.sample"], ["test_plane_step_is_ddim_and_euler", "test_one_plane_step_is_exact_for_a_point_mass"], mark="x0_hat"),
         R("rectified", "plane", "any network is a rectified flow", r"\tilde{t} = \frac{b}{a + b} \\ \tilde{z} = \frac{z}{a + b},\quad \tilde{v}(\tilde{z}, \tilde{t}) = \hat{\varepsilon} - \hat{x}_0",
