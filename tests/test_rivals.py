@@ -368,6 +368,8 @@ def little(monkeypatch):
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
     monkeypatch.setitem(runs.TOY, "steps", 30)
+    for recipe in (runs.TOY, options.PRESETS["toy2d student"]):
+        monkeypatch.setitem(recipe, "batch_size", 64)
     changes = dict(depth=1, steps=2, precision="fp32", muon=0.0, compile=False)
     for key, value in changes.items():
         monkeypatch.setitem(runs.SHAPES, key, value)
@@ -483,7 +485,6 @@ def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
     targets = [("ring", "mlp", "velocity"), ("ring", "mlp", "diff_eps")]
     monkeypatch.setattr(times, "ROWS", targets)
     monkeypatch.setattr(times, "TIMES", (40, 16))
-    monkeypatch.setitem(options.PRESETS["toy2d student"], "batch_size", 64)
     times.run(2, 10, tmp_path)
     said = capsys.readouterr().out.splitlines()
     made = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
@@ -558,7 +559,6 @@ def test_more_prints_a_table(name, little, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(more, "judged", few)
     energy = lambda draw, mixture: dict(energy=draw(normal(9)).mean().item())
     monkeypatch.setattr(more, "yardsticks", energy)
-    monkeypatch.setitem(options.PRESETS["toy2d student"], "batch_size", 64)
     more.run([name], tmp_path)
     said = capsys.readouterr().out
     assert said.count("\n| ") == 1 + len(variants[-2:]) and ("±" in said) == (name == "perflow")
