@@ -58,9 +58,8 @@ def names_of(node: ast.AST) -> Iterator[str]:
     if hasattr(node, "name"):
         yield node.name
     for target in getattr(node, "targets", [getattr(node, "target", None)]):
-        yield from (
-            (part.id for part in ast.walk(target) if isinstance(part, ast.Name)) if target else ()
-        )
+        if isinstance(target, ast.Name):
+            yield target.id
 
 
 @functools.cache

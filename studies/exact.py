@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import toy2d
-from data.shapes import NONE, conditions_of, field, paint, rows_of
+from data.shapes import NONE, conditions_of, field
 from data.toy import number
 from rf import EDM, Field, Formulation, RectifiedFlow, formulation, guide, solve
-from studies.runs import judged, markdown
+from studies.runs import judged, markdown, true_pictures
 from training.options import command
 
 SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
@@ -54,9 +54,7 @@ def text_table() -> str:
         scores = judged(partial(solve, guide(exact, null_cond, cfg), steps=steps))
         cells = (number(scores[key], form) for key, form in keys.items())
         rows.append([f"{cfg}", f"{steps}", *cells])
-    generator = torch.Generator().manual_seed(0)
-    true = lambda noise, context, _: paint(rows_of(context), generator)
-    scores = judged(true)
+    scores = judged(true_pictures())
     rows.append(["the data", "", *(number(scores[key], form) for key, form in keys.items())])
     return markdown(*rows)
 

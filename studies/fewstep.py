@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.pictures import WARM, Canvas, hues, tile
-from data.shapes import Shapes, paint, rows_of
+from data.shapes import Shapes
 from data.shapes import field as exact_field
 from data.toy import Toy, number, scene
 from rf import SOLVERS, Field, formulation, guide, solve
@@ -33,7 +33,8 @@ from studies.runs import (
     run_file,
     run_missing,
     scan,
-)  # fmt: skip
+    true_pictures,
+)
 from toy2d import load_mixture, yardsticks
 from training.checkpoint import load_weights, save
 from training.options import Count, Recipe, command, pick, preset, reading
@@ -47,6 +48,11 @@ METRICS = {  # form of a figure, by problem: the first one is compared in pairs
                chi2=".2f", mutual=".2f", same=".2f"),
     False: dict(energy=".1e", total_variation=".4f", outliers=".1%"),
 }  # fmt: skip
+
+
+def headline(problem: str) -> tuple[str, str]:
+    """The metric that is compared in pairs and chooses rates, and its form."""
+    return next(iter(METRICS[problem == "shapes"].items()))
 
 
 def solved(field: Field, solver: str, power: float, steps: int, noise: Tensor, *cond) -> Tensor:
@@ -107,20 +113,25 @@ def untrained(problem: str, _: str, seed: int, steps: int, out: File) -> dict:
         counts = [n for n in COUNTS if n % stages == 0]
         scores[prefix + name] = {str(n): measured(problem, False, draw(n)) for n in counts}
     if text:
-        generator = torch.Generator().manual_seed(0)
-        true = lambda noise, context, _: paint(rows_of(context), generator)
-        scores["the data"] = {"1": measured(problem, False, true)}
+        scores["the data"] = {"1": measured(problem, False, true_pictures())}
     floor = measured(problem, False, partial(solved, fields[""], "heun", 1, 50))
     return dict(scores=scores, floor=floor)
+
+
+def student_preset(problem: str) -> dict:
+    return preset("shapes student" if problem == "shapes" else "toy2d student")
+
+
+def recipe_of(problem: str, teacher: Sampler, **changes) -> Recipe:
+    """Of a student that is never guided: its teacher's, the preset, these changes."""
+    return pick(Recipe, teacher.config | student_preset(problem) | dict(dropout=0.0) | changes)
 
 
 def trained(problem: str, name: str, lr: float, seed: int, steps: int, out: File) -> dict:
     """{evaluations: scores}, seconds of training, and of points 1,000 samples in the fewest
     evaluations. Seed 0 is the scan's."""
     teacher, data = teacher_of(problem, seed, out), data_of(problem)
-    words = "shapes student" if problem == "shapes" else "toy2d student"
-    changes = preset(words) | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
-    recipe = pick(Recipe, teacher.config | changes)
+    recipe = recipe_of(problem, teacher, lr=lr, steps=steps, seed=seed)
     start = time.perf_counter()
     students = METHODS[name].train(teacher, data, recipe)
     seconds = time.perf_counter() - start
@@ -190,15 +201,15 @@ def draw(runs: list[dict], mixture: str):
 def study(problem: str, seeds: int, steps: int, out: File) -> None:
     """Make the runs of a problem, print its tables and draw its picture."""
     text, numbers = problem == "shapes", range(1, seeds + 1)
-    key, form = next(iter(METRICS[text].items()))
+    key, form = headline(problem)
     jobs = [(problem, "teacher", seed) for seed in range(1 if text else seeds + 1)]
     teachers = run_missing(out, jobs, partial(untrained, out=out), steps, {"scores", "floor"})
     teachers = teachers if text else teachers[1:]
     work, keys = partial(trained, out=out), {"scores", "seconds", "samples"}
     made = lambda jobs: run_missing(out, jobs, work, steps, keys)
     chosen = {name: method for name, method in METHODS.items() if method.text or not text}
-    rate = preset("shapes student")["lr"]
-    middles = {name: rate if text else method.lr for name, method in chosen.items()}
+    usual = student_preset(problem)
+    middles = {name: usual["lr"] if text else method.lr for name, method in chosen.items()}
     first = lambda run: next(iter(run["scores"].values()))[key]
     scores = lambda pairs: map(first, made([(problem, name, lr, 0) for name, lr in pairs]))
     scans = scan(middles, 3 if text else 2, scores)
@@ -210,9 +221,8 @@ def study(problem: str, seeds: int, steps: int, out: File) -> None:
     floor = mean_and_error([run["floor"][key] for run in teachers], form)
     print(f"\n## {problem}\n\nThe teachers themselves, in 50 steps of Heun: {key} {floor}.\n")
     print(tables(groups, text))
-    batch_size = preset("shapes student" if text else "toy2d student")["batch_size"]
     print(f"\nThe scans on seed 0 ({key}), and costs:\n")
-    print(costs(scans, runs, form, pair_count(steps, batch_size)))
+    print(costs(scans, runs, form, pair_count(steps, usual["batch_size"])))
     if not text:
         file = run_file(out, ("fewstep", problem)).with_suffix(".png")
         draw(runs[: len(chosen)], problem).save(file)
@@ -230,8 +240,7 @@ def run(
             load_mixture(problem)
     out.mkdir(parents=True, exist_ok=True)
     for problem in problems:
-        words = "shapes student" if problem == "shapes" else "toy2d student"
-        study(problem, seeds, steps or preset(words)["steps"], out)
+        study(problem, seeds, steps or student_preset(problem)["steps"], out)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from data.shapes import COLOURS, VOCABULARY, Shapes, posterior
 from perflow import PeRFlow
 from rf import InputError, expand, formulation, solve
 from sample import Sampler
-from studies.fewstep import data_of, teacher_of
+from studies.fewstep import data_of, recipe_of, teacher_of
 from studies.rivals import PATH, straightened
 from studies.runs import SHAPES, judged, learned, markdown, mean_and_error, run_missing
 from toy2d import load_mixture, yardsticks
-from training.options import Recipe, command, pick, preset
+from training.options import Recipe, command
 
 
 # ---- One text is missing in sampling
@@ -138,8 +138,8 @@ def perflow(what: str, seed: int, steps: int, out: File) -> dict:
     """Of the ring: the energy distance of a student, by evaluations."""
     teacher, K = teacher_of("ring", seed, out), 8 if what == "K = 8" else 4
     data = data_of("grid" if what == "data of the grid" else "ring")
-    changes = preset("toy2d student") | dict(lr=8e-3, steps=steps, seed=seed, dropout=0.0)
-    model = straightened(K, 4, teacher, data, pick(Recipe, teacher.config | changes))[8]
+    recipe = recipe_of("ring", teacher, lr=8e-3, steps=steps, seed=seed)
+    model = straightened(K, 4, teacher, data, recipe)[8]
     draw = lambda n: partial(model.sample, steps=n)
     energy = lambda n: yardsticks(draw(n), load_mixture("ring"))["energy"]
     return {f"{n} steps": energy(n) for n in (4, 5, 8, 9) if n >= K}
@@ -148,7 +148,8 @@ def perflow(what: str, seed: int, steps: int, out: File) -> dict:
 def sync(seed: int, steps: int, out: File) -> dict:
     """Of shapes: a student of the plain teacher, guided in sampling, in 4 steps, by the scale."""
     teacher, data = teacher_of("shapes", seed, out), data_of("shapes")
-    recipe = pick(Recipe, teacher.config | preset("shapes student") | dict(steps=steps, seed=seed))
+    dropout = teacher.config["dropout"]  # it is guided in sampling
+    recipe = recipe_of("shapes", teacher, steps=steps, seed=seed, dropout=dropout)
     objective = PeRFlow.of(teacher.objective, PeRFlow.Options(), teacher.guided)
     model, scores = learned(data, recipe, objective, teacher), {}
     for cfg in (1.0, 3.0, 5.0, 7.0):

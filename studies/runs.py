@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.base import HELD_OUT, seeded
-from data.shapes import SIZE, conditions_of, diversity, draw_rows, row_of, verdicts
+from data.shapes import SIZE, conditions_of, diversity, draw_rows, paint, row_of, rows_of, verdicts
 from data.toy import number
 from rf import InputError, formulation
 from sample import Sampler
@@ -87,6 +87,12 @@ def judged(draw: Callable, scan: bool = False, n: int = 200, spread: int = 256) 
     scores = dict(seen=seen["all right"], unseen=unseen["all right"], distance=distance)
     keys = one[0] if one else ()
     return scores | {key: np.mean([d[key] for d in one]).item() for key in keys}
+
+
+def true_pictures() -> Callable:
+    """draw(noise, *cond) for `judged`: true pictures of these captions, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda noise, context, pooled: paint(rows_of(context), generator)
 
 
 def run_file(out: File, job: Sequence) -> File:

@@ -11,9 +11,9 @@ from pathlib import Path as File
 from typing import Annotated
 
 from perflow import PeRFlow
-from studies.fewstep import METRICS, data_of, measured, teacher_of
+from studies.fewstep import data_of, headline, measured, recipe_of, teacher_of
 from studies.runs import learned, markdown, mean_and_error, run_missing
-from training.options import Count, Recipe, command, pick, preset
+from training.options import Count, command
 
 TIMES = (1000, 200, 40, 16)
 TARGETS = {"velocity": {}, "epsilon": {"formulation": "eps/linear"}}  # and its teacher's changes
@@ -34,9 +34,8 @@ def trained(
     settings = dict(times=N // 4, evaluations=8, parameterization=target, method="euler", reuse=1)
     options = PeRFlow.Options(**settings, **guidance)
     objective = PeRFlow.of(teacher.objective, options, teacher.guided)
-    words = "shapes student" if text else "toy2d student"
-    changes = preset(words) | dict(lr=lr, steps=steps, seed=seed, dropout=0.0)
-    student = learned(data, pick(Recipe, teacher.config | changes), objective, teacher)
+    recipe = recipe_of(problem, teacher, lr=lr, steps=steps, seed=seed)
+    student = learned(data, recipe, objective, teacher)
     draw = lambda model, n: measured(problem, False, partial(model.sample, steps=n))
     models = {"student": student, "teacher": teacher}
     return {name: {str(n): draw(model, n) for n in (4, 8)} for name, model in models.items()}
@@ -49,8 +48,7 @@ def run(
 ) -> None:
     keys = {"student", "teacher"}
     made = lambda jobs: run_missing(out, jobs, partial(trained, out=out), steps, keys)
-    key = lambda problem: next(iter(METRICS[problem == "shapes"]))
-    first = lambda run, who="student": run[who]["4"][key(run["job"][0])]
+    first = lambda run, who="student": run[who]["4"][headline(run["job"][0])[0]]
     rates = lambda row: RATES["shapes" if row[0] == "shapes" else row[1]]
     cells = [(*row, N) for row in ROWS for N in TIMES]
     tried = made([(*cell, lr, 0) for cell in cells for lr in rates(cell)])
@@ -61,7 +59,7 @@ def run(
     runs = made([(*cell, best[cell], seed) for cell in cells for seed in numbers(cell)])
     rows = [["problem, network, target", "teacher", *(f"N = {N}" for N in TIMES)]]
     for row in ROWS:
-        form = next(iter(METRICS[row[0] == "shapes"].values()))
+        _, form = headline(row[0])
         of = {N: [run for run in runs if run["job"][:4] == [*row, N]] for N in TIMES}
         own = mean_and_error([first(run, "teacher") for run in of[TIMES[0]]], form)
         values = ([first(run) for run in group] for group in of.values())
