@@ -8,7 +8,6 @@ same number for each method; the best one meets the seeds that are reported."""
 
 import time
 from functools import partial
-from itertools import product
 from pathlib import Path as File
 from typing import Annotated
 
@@ -18,11 +17,10 @@ from torch import Tensor
 
 from data.pictures import WARM, Canvas, hues, tile
 from data.shapes import Shapes
-from data.shapes import field as exact_field
 from data.toy import Toy, number, scene
-from rf import SOLVERS, Field, formulation, guide, solve
+from rf import SOLVERS, Field, formulation, solve
 from sample import Sampler
-from studies.rivals import COUNTS, METHODS, PATH, flow, multistep, pair_count
+from studies.rivals import COUNTS, METHODS, flow, multistep, pair_count
 from studies.runs import (
     SHAPES,
     TOY,
@@ -96,26 +94,18 @@ def measured(problem: str, scan: bool, draw) -> dict[str, float]:
 
 
 def untrained(problem: str, _: str, seed: int, steps: int, out: File) -> dict:
-    """The run (problem, "teacher", seed): {solver: {evaluations: scores}} of the teacher, of shapes
-    of the exact field, too; and the teacher's scores in 50 steps of Heun, nearly without an error
-    of the solver."""
-    teacher, scores, text = teacher_of(problem, seed, out), {}, problem == "shapes"
-    fields = {"": flow(teacher)}
-    if text:
-        exact = exact_field(PATH)
-        guided = guide(exact, teacher.null_cond, teacher.cfg)
-        fields |= {"exact field: ": exact, f"exact field, guidance {teacher.cfg:g}: ": guided}
-    for (prefix, field), (name, (solver, power)) in product(fields.items(), UNTRAINED.items()):
-        if prefix and solver != "euler":
-            continue
+    """The run (problem, "teacher", seed): {solver: {evaluations: scores}} of the teacher; and its
+    scores in 50 steps of Heun, nearly without an error of the solver. Of shapes `studies.exact
+    --text` has the exact field's, from the same noise."""
+    teacher, scores = teacher_of(problem, seed, out), {}
+    of = lambda *settings: measured(problem, False, partial(solved, flow(teacher), *settings))
+    for name, (solver, power) in UNTRAINED.items():
         stages = len(SOLVERS[solver][0]) if solver in SOLVERS else 1  # evaluations of a step
-        draw = lambda n: partial(solved, field, solver, power, n // stages)
         counts = [n for n in COUNTS if n % stages == 0]
-        scores[prefix + name] = {str(n): measured(problem, False, draw(n)) for n in counts}
-    if text:
+        scores[name] = {str(n): of(solver, power, n // stages) for n in counts}
+    if problem == "shapes":
         scores["the data"] = {"1": measured(problem, False, true_pictures())}
-    floor = measured(problem, False, partial(solved, fields[""], "heun", 1, 50))
-    return dict(scores=scores, floor=floor)
+    return dict(scores=scores, floor=of("heun", 1, 50))
 
 
 def student_preset(problem: str) -> dict:

@@ -80,7 +80,7 @@ def entropy(normed: bool, lr: float, seed: int, steps: int, out: File) -> dict:
     training the mean entropy of its attention over that of equal weights, and its largest logit, on
     held-out rows."""
     data = (Shapes if normed else Bare)(Shapes.Options())
-    recipe = Recipe(**SHAPES | dict(steps=steps, lr=lr, seed=seed, compile=False))
+    recipe = Recipe(**SHAPES | dict(steps=steps, lr=lr, seed=seed))
     objective, seen = formulation(recipe.formulation), []
     z, t, _, *cond = next(validation(objective, *data.held_out(64)))
 
@@ -94,7 +94,7 @@ def entropy(normed: bool, lr: float, seed: int, steps: int, out: File) -> dict:
 
     def watch(step: int, sampler: Sampler) -> None:
         mmdit.attend = looked
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             sampler.guided()(z, t, *cond)
         mmdit.attend = attend
         entropies, logits = zip(*seen, strict=True)

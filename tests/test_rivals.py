@@ -469,15 +469,11 @@ def test_a_method_on_shapes(name, little, tmp_path, monkeypatch):
 
 
 def test_the_untrained_rows_of_shapes(little, tmp_path):
-    """One teacher for all seeds; the data are right, and the exact field is in four steps."""
-    run = fewstep.untrained("shapes", "teacher", 0, 7, tmp_path)
+    """One teacher for all seeds; the data are right, and a new network's flow is not."""
+    scores = fewstep.untrained("shapes", "teacher", 0, 7, tmp_path)["scores"]
     assert [file.name for file in tmp_path.iterdir()] == ["shapes-0.pt"]
-    scores = run["scores"]
     assert scores["the data"]["1"]["wrong"] == 0 == scores["the data"]["1"]["distance"]
-    exact = scores["exact field: Euler (DDIM)"]
-    assert exact["4"]["wrong"] == 0 and exact["4"]["distance"] < 0.01 < exact["1"]["distance"]
-    guided = scores["exact field, guidance 3: Euler (DDIM)"]
-    assert guided["2"]["distance"] > exact["2"]["distance"]
+    assert scores["Heun"].keys() == {"2", "4", "8"} and scores["ab2"]["8"]["wrong"] > 0.5
 
 
 def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
