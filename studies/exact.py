@@ -2,7 +2,8 @@
 
     python -m studies.exact [--text]
 
-The table has the energy distance above that of the converged exact field, in thousandths."""
+The table has the energy distance above that of the converged exact field, in thousandths; ± over
+three draws of noise."""
 
 import itertools
 from functools import partial
@@ -15,7 +16,7 @@ import toy2d
 from data.shapes import NONE, conditions_of, field
 from data.toy import number
 from rf import EDM, Field, Formulation, RectifiedFlow, formulation, guide, solve
-from studies.runs import judged, markdown, true_pictures
+from studies.runs import judged, markdown, mean_and_error, true_pictures
 from training.options import command
 
 SHOWN = ("rf", "v/cos", "v/linear", "edm(-1.20,1.20)", "edm/rf", "edm/cos")
@@ -67,12 +68,17 @@ def run(
         print(text_table())
     for name in () if text else mixtures:
         mixture = toy2d.load_mixture(name)
-        data, _, noise, best = toy2d.reference(mixture, 0)
+        draws = [toy2d.reference(mixture, seed) for seed in range(3)]
         rows = [["path", "solver", *(f"{n} steps" for n in COUNTS)]]
         for key, method in itertools.product(SHOWN, ("first order", "heun", "rk4")):
-            xs = (exact_samples(formulation(key), mixture, noise, n, method) for n in COUNTS)
-            excess = [1e3 * (toy2d.energy_distance(x, data) - best["energy"]) for x in xs]
-            rows.append([key, method, *(number(e, ".2f") for e in excess)])
+            row = [key, method]
+            for n in COUNTS:
+                found = []
+                for data, _, noise, best in draws:
+                    x = exact_samples(formulation(key), mixture, noise, n, method)
+                    found.append(1e3 * (toy2d.energy_distance(x, data) - best["energy"]))
+                row.append(mean_and_error(found, ".2f"))
+            rows.append(row)
         print(f"\n{name}\n\n{markdown(*rows)}")
 
 

@@ -147,30 +147,44 @@ def mean_ranks(runs: list[dict], names: list[str], keys: Sequence, text=False) -
 
 
 def rank_table(runs: list[dict], names: list[str], problems: list[str], text=False) -> str:
-    """The table in Markdown, best mean rank first, and the correlations with the paper's ranks."""
+    """Three tables in Markdown, best mean rank first: the ranks; the figures; and the same less
+    those of rf (or the first name), seed by seed. Then the correlations with the paper's ranks."""
     groups = GROUPS[text]
     columns = {g: mean_ranks(runs, names, keys, text) for g, (keys, _) in groups.items()}
-    keys = TEXT if text else (*STEPS, *OTHERS)
+    order = np.argsort(columns["all"], kind="stable")
+    rows = [["variant", *(f"rank, {g}" for g in groups), "paper all", "5", "50"]]
+    for i in order:
+        paper = [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
+        rows.append([names[i], *(f"{column[i]:.2f}" for column in columns.values()), *paper])
+    said = [markdown(*rows)]
     shown = [("wrong", 1, ".1%"), ("distance", 1, ".3f")] if text else [("energy", 1e3, ".2f")]
-    heads = [f"rank, {g}" for g in groups] + ["paper all", "5", "50"]
-    heads += [f"{p} {key}: {what}" for p in problems for key in keys for what, *_ in shown]
-    rows = [["variant", *heads, "excess"]]
-    for i in np.argsort(columns["all"], kind="stable"):
-        group = [run for run in runs if run["name"] == names[i]]
-        row = [names[i], *(f"{column[i]:.2f}" for column in columns.values())]
-        row += [f"{x:.2f}" for x in PAPER.get(names[i], ())] or ["–"] * 3
-        for problem, key, (what, unit, form) in product(problems, keys, shown):
-            values = [unit * r[str(key)][what] for r in group if r["mixture"] == problem]
-            values = [x if abs(x) < 1000 else np.inf for x in values]
-            row.append(mean_and_error(values, form))
-        rows.append([*row, mean_and_error([run["excess"] for run in group], ".1e")])
+    cells = list(product(problems, TEXT if text else (*STEPS, *OTHERS), shown))
+    heads = [f"{problem} {key}: {what}" for problem, key, (what, *_) in cells]
+
+    def column(name: str, problem: str, key: str | int, what: str = "") -> np.ndarray:
+        own = [run for run in runs if (run["name"], run["mixture"]) == (name, problem)]
+        return np.array([run[str(key)][what] if what else run[key] for run in own])
+
+    for base in (None, "rf" if "rf" in names else names[0]):
+        of = lambda name, *key, base=base: column(name, *key) - (column(base, *key) if base else 0)
+        title = f"less {base}" if base else "variant"
+        rows = [[title, *heads, *(f"{problem}: excess" for problem in problems)]]
+        for i in order:
+            row = []
+            for problem, key, (what, unit, form) in cells:
+                values = unit * of(names[i], problem, key, what)
+                row.append(mean_and_error(np.where(abs(values) < 1000, values, np.inf), form))
+            row += [mean_and_error(of(names[i], p, "excess"), ".1e") for p in problems]
+            rows.append([names[i], *row])
+        said.append(markdown(*rows))
     known = [i for i, name in enumerate(names) if name in PAPER]
-    if len(known) <= 2:
-        return markdown(*rows)
-    paper = np.array([PAPER[names[i]] for i in known]).T
-    r = [f"{rank_correlation(c[known], paper[groups[g][1]]):.2f} ({g})" for g, c in columns.items()]
-    unit = "" if text else "Energy distances in thousandths, above the exact field's. "
-    return f"{markdown(*rows)}\n\n{unit}Rank correlations with the paper: {', '.join(r)}."
+    if len(known) > 2:
+        paper = np.array([PAPER[names[i]] for i in known]).T
+        r = {g: rank_correlation(c[known], paper[groups[g][1]]) for g, c in columns.items()}
+        unit = "" if text else "Energy distances in thousandths, above the exact field's. "
+        r = ", ".join(f"{value:.2f} ({g})" for g, value in r.items())
+        said.append(f"{unit}Rank correlations with the paper: {r}.")
+    return "\n\n".join(said)
 
 
 def run(
