@@ -4,9 +4,11 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 import sys
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +30,8 @@ from studies.runs import judged
 from toy2d import load_mixture
 from train import State, train
 from training.options import Recipe, command
+
+RESULTS = Path(__file__).parents[1] / "studies" / "results"
 
 
 def test_ranks_share_ties():
@@ -98,11 +102,14 @@ def test_the_table_comes_from_the_saved_runs_and_only_missing_ones_are_made(tmp_
         runs.run_file(tmp_path, jobs[i]).write_text(json.dumps(run))
     made = runs.run_missing(tmp_path, jobs, None, 7, ["name"])  # none: the files are there
     table = rank.rank_table(made, ["rf", "eps/linear", "v/cos"], ["ring"])
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| rf ")]
-    heads = table.splitlines()[0].split(" | ")
-    cell = lambda head: rows[0][heads.index(head)]
-    assert cell("ring 5: energy") == "2.50 ± 1.50"  # the mean of 1 and 4 thousandths
-    assert cell("rank, all") == cell("rank, 5, same times") == "1.00"
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    heads = [line for line in lines if line[0] in ("variant", "less rf")]
+    rows = {name: [line for line in lines if line[0] == name] for name in ("rf", "v/cos")}
+    cell = lambda i, head, name="rf": rows[name][i][heads[i].index(head)]
+    assert cell(1, "ring 5: energy") == "2.50 ± 1.50"  # the mean of 1 and 4 thousandths
+    assert cell(2, "ring 5: energy") == "0.00 ± 0.00"
+    assert cell(2, "ring 5: energy", "v/cos") == "2.00 ± 0.00"  # seed by seed
+    assert cell(0, "rank, all") == cell(0, "rank, 5, same times") == "1.00"
     assert "Rank correlations with the paper: " in table
     with pytest.raises(ValueError, match="holds runs of 7 steps, not 8"):
         runs.run_missing(tmp_path, jobs, None, 8, ["name"])
@@ -236,10 +243,34 @@ def test_bench_prints_its_two_tables(capsys, monkeypatch):
     assert len(parts) == 5 and abs(sum(int(p.split()[-1][:-1]) for p in parts[:-1]) - 100) <= 2
 
 
+def cells_of(text: str) -> dict[str, set[str]]:
+    """{first cell: all other cells} of the rows of the tables in a text."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
+    table = {}
+    for first, *cells in rows:
+        table.setdefault(first, set()).update(cell.replace("e-0", "e-") for cell in cells)
+    return table
+
+
+def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch, capsys):
+    """Of the runs in runs.zip the commands print them again, cell by cell, and make no run."""
+    pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
+    monkeypatch.setattr(rank, "trained", None)
+    shutil.unpack_archive(RESULTS / "runs.zip", tmp_path)
+    points = tmp_path / "runs" / "study"
+    rank.run(out=points)
+    rank.run(problems=["shapes"], out=points)
+    printed = cells_of(capsys.readouterr().out)
+    kept = cells_of((RESULTS / "rank.md").read_text().split("## The ring before")[0])
+    assert kept.keys() >= rank.PAPER.keys()
+    assert all(cells <= printed[name] for name, cells in kept.items() if name in rank.PAPER)
+
+
 def test_a_table_shows_no_nan():
     runs = [made_up(name, "ring", 0, [math.nan] * 4) for name in ("rf", "v/cos")]
     table = rank.rank_table(runs, ["rf", "v/cos"], ["ring"])
-    assert "nan" not in table and table.count("diverged") == 2 * 8
+    assert "nan" not in table and table.count("diverged") == 2 * 2 * 8
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):
