@@ -25,7 +25,7 @@ from data.networks import CrossDiT, ResBlock, UViT
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
 from rf import STUDY, InputError, formulation
-from studies import architectures, bench, curves, delta, exact, figures, rank, runs, scaling
+from studies import architectures, bench, curves, delta, exact, figures, more, rank, runs, scaling
 from studies.runs import judged
 from toy2d import load_mixture
 from train import State, train
@@ -220,14 +220,17 @@ def test_delta_measures_students_and_what_their_delta_lowers(monkeypatch):
     reference = toy2d.reference
     monkeypatch.setitem(runs.TOY, "steps", 100)
     monkeypatch.setattr(toy2d, "reference", lambda m, seed, *rest: reference(m, seed, 200))
-    monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64), "fast": (1e-3, 20, 64)})
+    monkeypatch.setattr(delta, "STUDENTS", {"slow": (1e-5, 20, 64, 4), "fast": (1e-3, 20, 64, 1)})
     run = delta.trained("ring", 0, steps=20)
     slow, fast = run["students"]["slow"], run["students"]["fast"]
     assert 0 < slow["ratio"] < 0.1 * fast["ratio"] and slow["ratio"] < 1e-3
     assert all(x[change] > 0 for x in (slow, fast) for change in delta.CHANGES)
     assert slow["own"] != fast["own"]
+    none = run["students"][delta.UNTRAINED]
     other = {"students": {"slow": slow, "fast": {key: 2 * x for key, x in fast.items()}}}
+    other["students"][delta.UNTRAINED] = none
     said = delta.table([run, other]).splitlines()
+    assert f"| {none['10°']:.1f} ± 0.0 |" in said[4]
     assert said[2].startswith("| slow |") and f"| {fast['10°']:.1f} |" in said[3]
 
 
@@ -256,17 +259,26 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     """Of the runs in runs.zip the commands print them again, cell by cell, and make no run."""
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
-    monkeypatch.setattr(rank, "trained", None)
+    monkeypatch.setattr(runs, "made", lambda job, **how: pytest.fail(f"{job} is made"))
     shutil.unpack_archive(RESULTS / "runs.zip", tmp_path)
-    points = tmp_path / "runs" / "study"
-    rank.run(out=points)
-    rank.run(problems=["shapes"], out=points)
+    points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
-    rank.run(names=unscaled, problems=["ring-unscaled"], seeds=2, out=points)
-    printed = cells_of(capsys.readouterr().out)
-    kept = cells_of((RESULTS / "rank.md").read_text())
-    assert kept.keys() >= rank.PAPER.keys()
-    assert all(cells <= printed[name] for name, cells in kept.items() if name in rank.PAPER)
+    plugged = [*delta.STUDENTS, delta.UNTRAINED]
+    for name, rows, commands in (
+        ("rank", rank.PAPER, [
+            partial(rank.run, out=points),
+            partial(rank.run, problems=["shapes"], out=points),
+            partial(rank.run, names=unscaled, problems=["ring-unscaled"], seeds=2, out=points),
+        ]),
+        ("more", ["K = 4", "K = 8", "data of the grid"], [partial(more.run, ["perflow"], toy)]),
+        ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
+    ):  # fmt: skip
+        for print_tables in commands:
+            print_tables()
+        printed = cells_of(capsys.readouterr().out)
+        kept = cells_of((RESULTS / f"{name}.md").read_text())
+        assert kept.keys() >= {*rows}
+        assert all(kept[row] <= printed[row] for row in rows), name
 
 
 def test_a_table_shows_no_nan():
