@@ -1,6 +1,6 @@
 """PeRFlow's plug and play: Delta W, added to models that were fine-tuned from the same teacher.
 
-    python -m studies.delta               15 minutes on two cores
+    python -m studies.delta               20 minutes on two cores
 
 Each seed has a teacher, students of it, and copies of it that are fine-tuned on a mixture, turned
 or moved. The table says by which factor Delta W lowers the copies' energy distance in 4 steps."""
