@@ -18,11 +18,11 @@ import torch
 import perflow
 from data.toy import Toy
 from sample import Sampler
-from studies.fewstep import solved
+from studies.fewstep import recipe_of, solved
 from studies.rivals import flow
 from studies.runs import TOY, learned, markdown, mean_and_error, run_missing
 from toy2d import GaussianMixture, load_mixture, yardsticks
-from training.options import Count, Recipe, command, pick, preset
+from training.options import Count, Recipe, command, pick
 
 CHANGES = {"5°": (5, 0), "10°": (10, 0), "22.5°": (22.5, 0), "moved 0.3": (0, 0.3)}
 STUDENTS = {  # learning rate, steps, batch size, times a window
@@ -59,19 +59,17 @@ def trained(mixture: str, seed: int, steps: int) -> dict:
     energy = lambda draw, truth: yardsticks(draw, truth)["energy"]
     four = lambda model: partial(model.sample, steps=4)
     untrained = lambda model: partial(solved, flow(model), "ab2", 1.5, 4)
-    models = {}
+    models, none = {}, {"ratio": 0.0, "own": energy(untrained(teacher), truth)}
     for name, change in CHANGES.items():
         other = turned(truth, *change)
         model = fine_tuned(teacher, Toy(Toy.Options(other.spec())), steps, seed)
         models[name] = model, other, energy(four(model), other)
-    students = {UNTRAINED: {"ratio": 0.0, "own": energy(untrained(teacher), truth)}}
-    for change, (model, other, own) in models.items():
-        students[UNTRAINED][change] = own / energy(untrained(model), other)
+        none[name] = models[name][2] / energy(untrained(model), other)
+    students = {UNTRAINED: none}
     for name, (lr, number, size, times) in STUDENTS.items():
         options = perflow.PeRFlow.Options(times=times)
         objective = perflow.PeRFlow.of(teacher.objective, options, teacher.guided)
-        changes = dict(lr=lr, steps=number, batch_size=size, seed=seed)
-        recipe = pick(Recipe, teacher.config | preset("toy2d student") | changes)
+        recipe = recipe_of(mixture, teacher, lr=lr, steps=number, batch_size=size, seed=seed)
         student = learned(data, recipe, objective, teacher)
         delta = perflow.delta(student.network, teacher.network)
         ratio = perflow.norm(delta) / perflow.norm(teacher.network.state_dict())

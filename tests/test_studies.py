@@ -181,6 +181,7 @@ def test_what_the_exact_field_of_shapes_draws(monkeypatch):
     assert rows["1", "4"][:2] == ["100.0%", "100.0%"] and float(rows["1", "4"][2]) < 0.01
     assert float(rows["1", "1"][2]) > 0.1 and float(rows["3", "25"][2]) > 0.1
     assert rows["3", "25"][0] == "100.0%" != rows["3", "25"][1]
+    assert float(rows["3", "2"][2]) > float(rows["1", "2"][2])
     data = lines[-1].strip("| ").split("|")
     assert [cell.strip() for cell in data[2:5]] == ["100.0%", "100.0%", "0.0000"]
 
