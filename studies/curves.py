@@ -25,6 +25,7 @@ def draw_curves(file: File, *panels: Panel) -> None:
     """Write the panels side by side as a picture. InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise InputError("the curves need matplotlib: pip install matplotlib") from None
     figure = Figure((6.4 * len(panels), 4.6), dpi=110, layout="constrained")
@@ -44,6 +45,7 @@ def draw_curves(file: File, *panels: Panel) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = axis.get_view_interval()
             if high < 20 * low:  # hardly a power of ten is inside: name the ticks between
+                axis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
                 axis.set_minor_formatter("{x:g}")
                 axis.set_major_formatter("{x:g}")
         label_ends(axes, ends)

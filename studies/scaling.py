@@ -67,7 +67,7 @@ def draw(runs: list[dict], file: File) -> None:
 def run(
     depths: Annotated[list[Count], "of MM-DiT; the rate of the first serves all"] = (4, 1, 2, 3, 5),
     seeds: Annotated[Count, "runs of each", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a run", POINTS, 10**6] = 2000,
+    steps: Annotated[Count, "training steps of a run", 2 * POINTS, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/networks"),
 ) -> None:
     runs = runs_of([("mmdit", depth) for depth in depths], seeds, steps, out)

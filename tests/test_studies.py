@@ -265,6 +265,9 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
     plugged = [*delta.STUDENTS, delta.UNTRAINED]
+    networks = [f"{name}, depth {depth}" for name, depth in architectures.VARIANTS]
+    kept_networks = tmp_path / "runs" / "networks"
+    of_networks = lambda: architectures.runs_of(architectures.VARIANTS, 3, 2000, kept_networks)
     for name, rows, commands in (
         ("rank", rank.PAPER, [
             partial(rank.run, out=points),
@@ -273,6 +276,7 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
         ]),
         ("more", ["K = 4", "K = 8", "data of the grid"], [partial(more.run, ["perflow"], toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
+        ("architectures", networks, [lambda: print(architectures.table(of_networks()))]),
     ):  # fmt: skip
         for print_tables in commands:
             print_tables()
@@ -397,17 +401,6 @@ def test_a_new_cross_dit_starts_as_the_identity_and_learns_from_its_text():
     assert (random(z, t, context, pooled) - random(z, t, 2 * context, pooled)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("part", ["context", "pooled"])
-def test_a_half_blind_network_sees_one_text(part):
-    network = random_network(architectures.half_blind(part))
-    z, t, context, pooled = inputs()
-    changed = [
-        (network(z, t, context, pooled) - network(z, t, *other)).abs().max() > 1e-3
-        for other in ((2 * context, pooled), (context, 2 * pooled))
-    ]
-    assert changed == [part == "context", part == "pooled"]
-
-
 def curve_run(name, depth, seed, loss, right):
     """200 steps of 10 ms; the loss above its floor halves in each tenth and ends at `loss`."""
     curve = [[20 * i, 0.2 * i * depth / 4, 0.02 + loss * 2 ** (10 - i)] for i in range(1, 11)]
@@ -429,31 +422,30 @@ def test_losses_at_equal_time_by_hand(tmp_path):
     assert architectures.loss_at(made[0], 190) == pytest.approx(middle)
     lines = architectures.table(made).split("\n\n")[0].splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ") for line in lines}
-    slow = rows["| crossdit, depth 5"]  # at equal time it is at step 160
-    assert slow[3:6] == ["12", "0.1000 ± 0.0000", "0.4000 ± 0.0000"]
-    assert rows["| mmdit, depth 4"][7:9] == ["0.0e+00 ± 0.0e+00", "55.0% ± 5.0%"]
-    assert rows["| dit, depth 4"][6:8] == ["1.5e-01 ± 5.0e-02", "0.0e+00 ± 0.0e+00"]  # in pairs
+    slow = rows["| dit, depth 5"]  # at equal time it is at step 160
+    assert slow[3:7] == ["12", "76.8000 ± 25.6000", "0.1500 ± 0.0500", "0.6000 ± 0.2000"]
+    assert rows["| mmdit, depth 4"][8:10] == ["0.0e+00 ± 0.0e+00", "55.0% ± 5.0%"]
+    assert rows["| dit, depth 4"][7:9] == ["1.50e-01 ± 5.00e-02", "0.0e+00 ± 0.0e+00"]  # in pairs
     architectures.draw(made, tmp_path / "curves.png")
     assert len(Image.open(tmp_path / "curves.png").getcolors(1 << 20)) > 50
 
 
-def test_each_network_has_its_rate_and_the_half_blind_have_mmdits(monkeypatch, tmp_path, capsys):
-    best, jobs = {"mmdit": 3e-3, "dit": 6e-3}, []
+def test_each_network_has_its_rate_by_runs_of_half_as_many_steps(monkeypatch, tmp_path, capsys):
+    best, scanned = {"mmdit": 3e-3, "dit": 6e-3}, []
 
-    def made(out, asked, *how):
-        jobs.extend(asked)
-        distance = lambda job: abs(math.log(job[2] / best[job[0].split(",")[0]]))
-        return [dict(job=job, excess=[distance(job)]) for job in asked]
+    def made(out, asked, work, steps, keys):
+        scan = out == tmp_path / "scan"
+        assert steps == (100 if scan else 200) and all(scan == (job[3] == 0) for job in asked)
+        scanned.extend(asked if scan else [])
+        return [dict(job=job, excess=[abs(math.log(job[2] / best[job[0]]))]) for job in asked]
 
     monkeypatch.setattr(architectures, "run_missing", made)
-    variants = [("mmdit", 4), ("dit", 4), ("mmdit, context alone", 4), ("dit", 5)]
-    runs = architectures.runs_of(variants, 2, 200, tmp_path)
-    assert [run["job"] for run in runs[:4]] == [
-        (name, depth, best[name.split(",")[0]], 1) for name, depth in variants
-    ]
-    assert {job[3] for job in jobs} == {0, 1, 2}
+    variants = [("mmdit", 4), ("dit", 4), ("dit", 5)]
+    found = architectures.runs_of(variants, 2, 200, tmp_path)
+    asked = [(name, depth, best[name], seed) for seed in (1, 2) for name, depth in variants]
+    assert [run["job"] for run in found] == asked
     assert "the scan of dit's rate" in capsys.readouterr()[0]
-    assert all(job[1] == 4 for job in jobs if job[3] == 0)
+    assert {job[:2] for job in scanned} == {("mmdit", 4), ("dit", 4)}
 
 
 def test_the_frontier_by_hand():
