@@ -265,9 +265,11 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
     plugged = [*delta.STUDENTS, delta.UNTRAINED]
-    networks = [f"{name}, depth {depth}" for name, depth in architectures.VARIANTS]
-    kept_networks = tmp_path / "runs" / "networks"
-    of_networks = lambda: architectures.runs_of(architectures.VARIANTS, 3, 2000, kept_networks)
+    networks = architectures.VARIANTS, [("mmdit", depth) for depth in (4, 1, 2, 3)]
+    found = [
+        architectures.runs_of(variants, 3, 2000, tmp_path / "runs" / "networks")
+        for variants in networks
+    ]
     for name, rows, commands in (
         ("rank", rank.PAPER, [
             partial(rank.run, out=points),
@@ -276,7 +278,9 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
         ]),
         ("more", ["K = 4", "K = 8", "data of the grid"], [partial(more.run, ["perflow"], toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
-        ("architectures", networks, [lambda: print(architectures.table(of_networks()))]),
+        ("architectures", [f"{network}, depth {depth}" for network, depth in networks[0]],
+         [lambda: print(architectures.table(found[0]))]),
+        ("scaling", "1234", [lambda: print(scaling.report(found[1]))]),
     ):  # fmt: skip
         for print_tables in commands:
             print_tables()
