@@ -34,8 +34,7 @@ from train import validation_loss
 from training.folder import training_flops
 from training.options import Count, Recipe, command
 
-NAMES = [name for name in NETWORKS if name != "mlp"]
-VARIANTS = [(name, 4) for name in NAMES] + [("dit", 5)]
+VARIANTS = [(name, 4) for name in NETWORKS if name != "mlp"] + [("dit", 5)]
 STEPS = (5, 10, 25)  # of sampling, at guidance 3; all figures in the last one
 
 
