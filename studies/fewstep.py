@@ -4,7 +4,8 @@
     python -m studies.fewstep --problems shapes      four hours more
 
 The study trains its teachers. Learning rates are scanned on a seed and on noise of their own, the
-same number for each method; the best one meets the seeds that are reported."""
+same number for each method, on shapes in half as many steps; the best one meets the seeds that are
+reported."""
 
 import time
 from functools import partial
@@ -195,16 +196,22 @@ def study(problem: str, seeds: int, steps: int, out: File) -> None:
     jobs = [(problem, "teacher", seed) for seed in range(1 if text else seeds + 1)]
     teachers = run_missing(out, jobs, partial(untrained, out=out), steps, {"scores", "floor"})
     teachers = teachers if text else teachers[1:]
-    work, keys = partial(trained, out=out), {"scores", "seconds", "samples"}
-    made = lambda jobs: run_missing(out, jobs, work, steps, keys)
+    keys = {"scores", "seconds", "samples"}
+    made = partial(run_missing, work=partial(trained, out=out), keys=keys)
     chosen = {name: method for name, method in METHODS.items() if method.text or not text}
     usual = student_preset(problem)
     middles = {name: usual["lr"] if text else method.lr for name, method in chosen.items()}
     first = lambda run: next(iter(run["scores"].values()))[key]
-    scores = lambda pairs: map(first, made([(problem, name, lr, 0) for name, lr in pairs]))
+    folder, length = (out / "scan", steps // 2) if text else (out, steps)
+
+    def scores(pairs: list[tuple[str, float]]) -> map:
+        jobs = [(problem, name, lr, 0) for name, lr in pairs]
+        return map(first, made(folder, jobs, steps=length))
+
     scans = scan(middles, 3 if text else 2, scores)
     best = {name: min(found, key=found.get) for name, found in scans.items()}
-    runs = made([(problem, name, lr, seed) for seed in numbers for name, lr in best.items()])
+    jobs = [(problem, name, lr, seed) for seed in numbers for name, lr in best.items()]
+    runs = made(out, jobs, steps=steps)
     groups = {name: [run["scores"][name] for run in teachers] for name in teachers[0]["scores"]}
     for name in chosen:
         groups[name] = [run["scores"] for run in runs if run["job"][1] == name]

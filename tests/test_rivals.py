@@ -367,8 +367,9 @@ def little(monkeypatch):
     """A study of little runs, in threads: what is measured, not how well."""
     pool = SimpleNamespace(Pool=lambda n, initializer: ThreadPool(1))
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda kind: pool)
-    monkeypatch.setitem(runs.TOY, "steps", 30)
-    for recipe in (runs.TOY, options.PRESETS["toy2d student"]):
+    for recipe in (runs.TOY, options.PRESETS["toy2d"]):
+        monkeypatch.setitem(recipe, "steps", 30)
+    for recipe in (runs.TOY, options.PRESETS["toy2d"], options.PRESETS["toy2d student"]):
         monkeypatch.setitem(recipe, "batch_size", 64)
     changes = dict(depth=1, steps=2, precision="fp32", muon=0.0, compile=False)
     for key, value in changes.items():
@@ -477,21 +478,23 @@ def test_the_untrained_rows_of_shapes(little, tmp_path):
 
 
 def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
-    """Each row has the teacher of its target; the rate is that of seed 0, which is not shown."""
-    targets = [("ring", "mlp", "velocity"), ("ring", "mlp", "diff_eps")]
+    """Each row has the teacher of its target and network; of two rates it is that of seed 0, which
+    is not shown."""
+    rows = ("mmdit", "velocity"), ("mlp", "velocity"), ("mlp", "diff_eps")
+    targets = [("ring", *row) for row in rows]
     monkeypatch.setattr(times, "ROWS", targets)
     monkeypatch.setattr(times, "TIMES", (40, 16))
     times.run(2, 10, tmp_path)
     said = capsys.readouterr().out.splitlines()
     made = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
     of = lambda *job: [run for run in made if run["job"][:4] == list(job)]
-    assert len(made) == 2 * 2 * (2 + 2) and len({run["job"][4] for run in made}) == 2
-    assert {file.name for file in tmp_path.glob("*.pt")} == {
+    assert len(made) == 2 * (1 + 2 * (2 + 2)) and len({run["job"][4] for run in made}) == 3
+    assert {file.name for file in tmp_path.glob("*.pt")} == {"ring-mmdit-1.pt"} | {
         f"ring-{kind}{seed}.pt" for kind in ("", "eps%2Flinear-") for seed in (0, 1, 2)
     }
     energy = lambda run: run["student"]["4"]["energy"]
-    told = [run for run in of(*targets[1], 16) if run["job"][5]]
-    best = min((run for run in of(*targets[1], 16) if not run["job"][5]), key=energy)
+    told = [run for run in of(*targets[2], 16) if run["job"][5]]
+    best = min((run for run in of(*targets[2], 16) if not run["job"][5]), key=energy)
     assert {run["job"][4] for run in told} == {best["job"][4]}
     mean = sum(run["student"]["4"]["energy"] for run in told) / len(told)
     assert said[-1].startswith("| ring, mlp, diff_eps |") and f"| {mean:.1e} ± " in said[-1]
