@@ -70,7 +70,9 @@ def batches(
             streams.append(zip(*(x.split(len(x) // block) for x in rows), strict=True))
         return list(zip(*streams, strict=True))
 
-    with ThreadPoolExecutor(1) as thread:
+    # nested autocasts leave the cache of casts alone: PyTorch may hang where one thread clears it
+    # and another one compiles
+    with ThreadPoolExecutor(1, initializer=torch.autocast_increment_nesting) as thread:
         first, skip = divmod(start, block)
         coming = thread.submit(draw, first)
         for n in itertools.count(first + 1):

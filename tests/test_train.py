@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from data.latents import Latents
 from data.toy import Toy
 from rf import formulation
 from toy2d import MLP, load_mixture
+from training.ranks import autocast
 
 
 def test_a_run_leaves_everything(finished):
@@ -125,6 +127,24 @@ def test_noise_is_independent_of_the_data():
         for row in (eps[kept], eps[kept].roll(1, 0), t[kept, None].expand(-1, 2)):
             corr = torch.corrcoef(torch.stack([xi[:, column], row[:, column]]))[0, 1]
             assert abs(corr) < 5 / n**0.5
+
+
+def test_a_network_in_the_thread_that_draws_leaves_the_cache_of_casts_alone(monkeypatch):
+    """PyTorch may hang where one thread clears it and another one compiles."""
+    data, cleared = toy(), []
+    own, bf16 = data.batch, partial(autocast, "bf16", torch.device("cpu"))
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
+
+    def batch(*args):
+        with bf16():
+            return own(*args)
+
+    monkeypatch.setattr(data, "batch", batch)
+    next(stream(small_recipe(), data=data))
+    assert not cleared
+    with bf16():
+        pass
+    assert cleared
 
 
 def test_learning_rate_warms_up_and_decays():
