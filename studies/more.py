@@ -145,15 +145,18 @@ def perflow(what: str, seed: int, steps: int, out: File) -> dict:
     return {f"{n} steps": energy(n) for n in (4, 5, 8, 9) if n >= K}
 
 
-def sync(seed: int, steps: int, out: File) -> dict:
-    """Of shapes: a student of the plain teacher, guided in sampling, in 4 steps, by the scale."""
-    teacher, data = teacher_of("shapes", seed, out), data_of("shapes")
-    dropout = teacher.config["dropout"]  # it is guided in sampling
-    recipe = recipe_of("shapes", teacher, steps=steps, seed=seed, dropout=dropout)
-    objective = PeRFlow.of(teacher.objective, PeRFlow.Options(), teacher.guided)
-    model, scores = learned(data, recipe, objective, teacher), {}
+def sync(who: str, n: int, seed: int, steps: int, out: File) -> dict:
+    """Of shapes, by the scale of guidance: a student of the plain teacher, guided in sampling, and
+    the teacher, in n steps."""
+    model, data = teacher_of("shapes", seed, out), data_of("shapes")
+    if who == "student":
+        dropout = model.config["dropout"]  # it is guided in sampling
+        recipe = recipe_of("shapes", model, steps=steps, seed=seed, dropout=dropout)
+        objective = PeRFlow.of(model.objective, PeRFlow.Options(), model.guided)
+        model = learned(data, recipe, objective, model)
+    scores = {}
     for cfg in (1.0, 3.0, 5.0, 7.0):
-        found = judged(partial(model.sample, steps=4, cfg=cfg))
+        found = judged(partial(model.sample, steps=n, cfg=cfg))
         scores |= {f"{cfg:g}: {key}": found[key] for key in ("seen", "unseen", "distance", "tv")}
     return scores
 
@@ -165,7 +168,7 @@ STUDIES: dict[str, tuple[Callable, list[tuple], int]] = {
     "entropy": (entropy, [(True, 3e-3), (False, 3e-3), (True, 1.2e-2), (False, 1.2e-2)], 2000),
     "shift": (shift, [(1.0,), (1.5,), (2.0,), (3.0,), (4.0,), (6.0,)], 4),
     "perflow": (perflow, [("K = 4",), ("K = 8",), ("data of the grid",)], 8000),
-    "sync": (sync, [()], 1500),
+    "sync": (sync, [("teacher", 25), ("teacher", 4), ("student", 4)], 1500),
 }
 SEEDS = {"captions": (1,), "entropy": (1,), "perflow": (1, 2, 3)}  # else 0
 

@@ -25,7 +25,20 @@ from data.networks import CrossDiT, ResBlock, UViT
 from data.toy import Toy
 from mmdit import MMDiT, attend, modulate
 from rf import STUDY, InputError, formulation
-from studies import architectures, bench, curves, delta, exact, figures, more, rank, runs, scaling
+from studies import (
+    architectures,
+    bench,
+    curves,
+    delta,
+    exact,
+    fewstep,
+    figures,
+    more,
+    rank,
+    runs,
+    scaling,
+)
+from studies.rivals import METHODS
 from studies.runs import judged
 from toy2d import load_mixture
 from train import State, train
@@ -265,6 +278,8 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
     plugged = [*delta.STUDENTS, delta.UNTRAINED]
+    kinds = "K = 4", "K = 8", "data of the grid", "both", "c_ctxt", "c_vec"
+    students = [name for name, method in METHODS.items() if method.text]
     networks = architectures.VARIANTS, [("mmdit", depth) for depth in (4, 1, 2, 3)]
     found = [
         architectures.runs_of(variants, 3, 2000, tmp_path / "runs" / "networks")
@@ -276,7 +291,10 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
             partial(rank.run, problems=["shapes"], out=points),
             partial(rank.run, names=unscaled, problems=["ring-unscaled"], seeds=2, out=points),
         ]),
-        ("more", ["K = 4", "K = 8", "data of the grid"], [partial(more.run, ["perflow"], toy)]),
+        ("more", [*kinds, "teacher, 25", "student, 4"],
+         [partial(more.run, ["perflow", "texts", "sync"], toy)]),
+        ("fewshapes", [*fewstep.UNTRAINED, *students],
+         [partial(fewstep.run, ["shapes"], 3, 400, toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
         ("architectures", [f"{network}, depth {depth}" for network, depth in networks[0]],
          [lambda: print(architectures.table(found[0]))]),
