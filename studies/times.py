@@ -34,7 +34,8 @@ def trained(
     settings = dict(times=N // 4, evaluations=8, parameterization=target, method="euler", reuse=1)
     options = PeRFlow.Options(**settings, **guidance)
     objective = PeRFlow.of(teacher.objective, options, teacher.guided)
-    recipe = recipe_of(problem, teacher, lr=lr, steps=steps // 4 if text else steps, seed=seed)
+    steps = steps // 4 if network == "mmdit" else steps
+    recipe = recipe_of(problem, teacher, lr=lr, steps=steps, seed=seed)
     student = learned(data, recipe, objective, teacher)
     draw = lambda model, n: measured(problem, False, partial(model.sample, steps=n))
     models = {"student": student, "teacher": teacher}
@@ -43,7 +44,7 @@ def trained(
 
 def run(
     seeds: Annotated[Count, "students of an MLP; an MM-DiT has one", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of a student; on shapes a quarter", 10, 10**6] = 2000,
+    steps: Annotated[Count, "training steps of an MLP; an MM-DiT has a quarter", 10, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
 ) -> None:
     keys = {"student", "teacher"}
