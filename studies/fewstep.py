@@ -141,25 +141,26 @@ def tables(groups: dict[str, list[dict]], text: bool) -> str:
     for all). A table of each metric, by evaluations; then some less those of the best student by
     the first one in as many evaluations: the mean of the differences seed by seed."""
     column = lambda name, n, key: [s[str(n)][key] for s in groups[name] if str(n) in s]
-    metrics, said = METRICS[text], []
+    metrics = METRICS[text]
     first = next(iter(metrics))
     able = {n: [m for m in groups if m in METHODS and column(m, n, first)] for n in COUNTS}
-    best = {n: min(able[n], key=lambda name, n=n: np.mean(column(name, n, first))) for n in COUNTS}
-    less = lambda c, n, key: np.subtract(c, column(best[n], n, key))
-    asked = [(key, key, lambda c, n, key: c) for key in metrics]
-    for key in (first, "distance", "tv") if text else (first,):
-        asked.append((f"{key} less that of the best student", key, less))
-    for title, key, change in asked:
+    best = {n: min(able[n], key=lambda m, n=n: np.mean(column(m, n, first))) for n in COUNTS}
+
+    def table(key: str, less: bool) -> str:
         rows = [["method", *map(str, COUNTS)]]
         for name in groups:
-            columns = [(n, column(name, n, key)) for n in COUNTS]
-            known = lambda c: c and not (text and np.isnan(c).any())  # enough were right
-            cells = [
-                mean_and_error(change(c, n, key), metrics[key]) if known(c) else "–"
-                for n, c in columns
-            ]
-            rows.append([name, *cells])
-        said.append(f"{title}, by evaluations:\n\n{markdown(*rows)}")
+            rows.append([name])
+            for n in COUNTS:
+                values, cell = column(name, n, key), "–"
+                if values and not (text and np.isnan(values).any()):  # enough were right
+                    base = column(best[n], n, key) if less else 0
+                    cell = mean_and_error(np.subtract(values, base), metrics[key])
+                rows[-1].append(cell)
+        title = f"{key} less that of the best student" if less else key
+        return f"{title}, by evaluations:\n\n{markdown(*rows)}"
+
+    paired = (first, "distance", "tv") if text else (first,)
+    said = [table(key, False) for key in metrics] + [table(key, True) for key in paired]
     return "\n\n".join(said)
 
 
