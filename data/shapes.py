@@ -21,7 +21,6 @@ from torch import Tensor
 from data.base import HELD_OUT, Data, has_truth, save, seeded, validation
 from data.pictures import draw_captioned, to_uint8
 from rf import Field, InputError, Pair, Path, expand
-from training.options import fast_bf16
 
 SIZE, HALF = 32, 6  # pixels of a picture; an object reaches 6 pixels around its centre
 COLOURS = dict(
@@ -128,8 +127,10 @@ def placed_masks() -> Tensor:
 
 @cache
 def zones() -> list[list[Tensor]]:
-    """Of each layout and each of its objects: the masks (4,P,1024) at the P places of its zone."""
-    cut = lambda r, c: placed_masks()[:, r[0] : sum(r), c[0] : sum(c)].reshape(4, -1, SIZE**2)
+    """Of each layout and each of its objects: the masks (4,P,1024) at the P places of its zone, in
+    float64, as what is explained of a picture is the difference of large sums."""
+    placed = placed_masks().double()
+    cut = lambda r, c: placed[:, r[0] : sum(r), c[0] : sum(c)].reshape(4, -1, SIZE**2)
     return [[cut(*zone) for zone in layout] for layout in LAYOUTS.values()]
 
 
@@ -170,7 +171,7 @@ def nearest(x0: Tensor) -> tuple[list[str], Tensor, Tensor]:
     if len(x0) > 500:  # to bound the memory
         captions, *tensors = zip(*map(nearest, x0.split(500)), strict=True)
         return [*itertools.chain(*captions)], *map(torch.cat, tensors)
-    d = x0.float().cpu().flatten(2) - 1
+    d = x0.cpu().double().flatten(2) - 1
     totals, found = [], []
     for layout in zones():
         best = [explained(d, mask).flatten(1).max(1) for mask in layout]
@@ -267,7 +268,7 @@ def posterior(z: Tensor, t: Tensor | float, path: Path, *cond: Tensor) -> tuple[
     for total, zone_masks in zip(layouts.unbind(1), zones(), strict=True):
         mean = 0
         for pair, mask in zip(pairs.unbind(1), zone_masks, strict=False):  # one alone stands twice
-            mask, places = mask.double(), mask.shape[1]
+            places = mask.shape[1]
             logits = explained(d, mask, a) / (2 * var) + pair[..., None] - math.log(places)
             chance = logits.flatten(1).softmax(1).reshape(-1, 6, 4, places)
             mean = mean + torch.einsum("ncsp,ck,spx->nkx", chance, colours, mask)
@@ -301,8 +302,7 @@ class Shapes(Data):
     parts: ClassVar = [[(0,), (1,)]]  # both conditions are dropped together
 
     def __init__(self, options: Data.Options):
-        if not fast_bf16():
-            print("shapes: this CPU is slow in bf16, so it learns by AdamW in float32, and longer")
+        """There is nothing to choose."""
 
     def spec(self) -> dict:
         return dict(shape=[3, SIZE, SIZE], classes=0)

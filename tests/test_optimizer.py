@@ -54,6 +54,24 @@ def test_muon_moves_hidden_matrices_by_orthogonal_ones_and_adamw_the_rest():
             assert moved.abs().max() == pytest.approx(1e-3, rel=1e-2), name
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_muons_products_are_float32_where_bf16_is_slow(fast, monkeypatch):
+    """Against the iteration of Jordan et al. 2024 in float64."""
+    monkeypatch.setattr("training.optimizer.fast_bf16", lambda: fast)
+    network = MLP()
+    optimizer = Optimizer(network, Recipe(muon=1.0))
+    gradients(network, 0)
+    for w in optimizer.hidden:
+        x = w.grad.double() / w.grad.double().norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        before = w.detach().clone()
+        optimizer.step(1.0)
+        error = (before - w - x).abs().max()
+        assert (error < 1e-5) == (not fast) and error < 0.1
+
+
 @pytest.mark.parametrize("muon", [0.0, 2.0])
 def test_a_run_goes_on_with_its_moments_to_the_bit(muon, tmp_path):
     """As a checkpoint keeps them; those of another optimizer are refused."""

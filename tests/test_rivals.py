@@ -473,7 +473,7 @@ def test_the_untrained_rows_of_shapes(little, tmp_path):
     """One teacher for all seeds; the data are right, and a new network's flow is not."""
     scores = fewstep.untrained("shapes", "teacher", 0, 7, tmp_path)["scores"]
     assert [file.name for file in tmp_path.iterdir()] == ["shapes-0.pt"]
-    assert scores["the data"]["1"]["wrong"] == 0 == scores["the data"]["1"]["distance"]
+    assert scores["the data"]["1"]["wrong"] == 0 and scores["the data"]["1"]["distance"] < 1e-7
     assert scores["Heun"].keys() == {"2", "4", "8"} and scores["ab2"]["8"]["wrong"] > 0.5
 
 

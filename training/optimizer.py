@@ -3,13 +3,15 @@
 Read next: `train.py`, which calls it."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmdit import HEAD_DIM
 from rf import InputError
-from training.options import Recipe
+from training.options import Recipe, fast_bf16
 from training.ranks import blocks_of, is_sharded
 
 
@@ -18,6 +20,13 @@ def is_hidden(name: str, layer: nn.Module) -> bool:
     head, and modulations (adaLN) are outputs, too."""
     wide = isinstance(layer, nn.Linear) and min(layer.weight.shape) >= HEAD_DIM
     return wide and "adaLN" not in name
+
+
+class Float32(TorchFunctionMode):
+    """What PyTorch's Muon does in bf16 it does in float32: for CPUs that only emulate bf16."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (Tensor.clone if func is Tensor.bfloat16 else func)(*args, **kwargs or {})
 
 
 class Optimizer:
@@ -32,6 +41,7 @@ class Optimizer:
         self.hidden = {layer.weight for name, layer in layers if is_hidden(name, layer)}
         if self.hidden and is_sharded(network):
             raise InputError("--shard is not for Muon, which needs the whole of a matrix")
+        self.products = nullcontext if fast_bf16() else Float32
         self.numbers = {w: i for i, w in enumerate(network.parameters())}
         rest = [w for w in self.numbers if w not in self.hidden]
         adam = dict(betas=(0.9, recipe.beta2), eps=recipe.eps, weight_decay=recipe.weight_decay)
@@ -47,7 +57,8 @@ class Optimizer:
     def step(self, lr: float) -> None:
         for optimizer, factor in self.each.items():
             optimizer.param_groups[0]["lr"] = lr * factor
-            optimizer.step()
+            with self.products():
+                optimizer.step()
 
     @property
     def state(self) -> dict[Tensor, dict]:

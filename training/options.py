@@ -88,9 +88,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes": dict(
         formulation="rf/lognorm(0.50,1.00)", depth=4, batch_size=32, lr=3e-3, warmup=200,
         decay=True, beta2=0.99, eps=1e-8, ema_decay=0.995, ema_every=1, block=8, log_every=50,
-        eval_every=500, save_every=500, validation=256,
-        # Muon's products are bf16
-        **(dict(steps=2_000, precision="bf16", muon=7.0) if fast_bf16() else dict(steps=6_000)),
+        eval_every=500, save_every=500, validation=256, steps=2_000, muon=7.0,
+        precision="bf16" if fast_bf16() else "fp32",
     ),
     "cifar10": dict(
         formulation="rf/lognorm(0.00,1.00)", precision="bf16", depth=8, steps=200_000, lr=3e-4
