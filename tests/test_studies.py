@@ -265,7 +265,8 @@ def cells_of(text: str) -> dict[str, set[str]]:
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:2] == "| "]
     table = {}
     for first, *cells in rows:
-        table.setdefault(first, set()).update(cell.replace("e-0", "e-") for cell in cells)
+        cells = [cell.replace("e-0", "e-").replace("e+00", "e0") for cell in cells]
+        table.setdefault(first, set()).update(cells)
     return table
 
 
@@ -294,6 +295,7 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
         ("more", [*kinds, "teacher, 25", "student, 4"], [partial(more.run, out=toy)]),
         ("fewshapes", [*fewstep.UNTRAINED, *students],
          [partial(fewstep.run, ["shapes"], 3, 400, toy)]),
+        ("fewgrid", [*fewstep.UNTRAINED, *METHODS], [partial(fewstep.run, ["grid"], out=toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
         ("architectures", [f"{network}, depth {depth}" for network, depth in networks[0]],
          [lambda: print(architectures.table(found[0]))]),
