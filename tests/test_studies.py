@@ -37,6 +37,7 @@ from studies import (
     rank,
     runs,
     scaling,
+    times,
 )
 from studies.rivals import METHODS
 from studies.runs import judged
@@ -279,6 +280,7 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
     plugged = [*delta.STUDENTS, delta.UNTRAINED]
+    monkeypatch.setattr(times, "ROWS", [row for row in times.ROWS if row[0] == "grid"])
     kinds = "K = 4", "K = 8", "data of the grid", "both", "c_ctxt", "c_vec", "True, 0.003", "0.5"
     students = [name for name, method in METHODS.items() if method.text]
     networks = architectures.VARIANTS, [("mmdit", depth) for depth in (4, 1, 2, 3)]
@@ -295,6 +297,7 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
         ("more", [*kinds, "teacher, 25", "student, 4"], [partial(more.run, out=toy)]),
         ("fewshapes", [*fewstep.UNTRAINED, *students],
          [partial(fewstep.run, ["shapes"], 3, 400, toy)]),
+        ("times", [", ".join(row) for row in times.ROWS], [partial(times.run, out=toy)]),
         ("fewgrid", [*fewstep.UNTRAINED, *METHODS], [partial(fewstep.run, ["grid"], out=toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
         ("architectures", [f"{network}, depth {depth}" for network, depth in networks[0]],
