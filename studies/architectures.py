@@ -2,10 +2,10 @@
 
     python -m studies.architectures       two hours on two cores
 
-All have the same data and draws, and a rate of their own: the best of half as many steps on a seed
-that is not reported. A DiT has about half the weights of an MM-DiT of its depth, so the table has a
-deeper one, too. What a network has not learned is its excess over the exact field, the best answer
-there is."""
+All have the same data and draws, and a rate of their own: the best in half as many steps (1,000 at
+most) on a seed that is not reported. A DiT has about half the weights of an MM-DiT of its depth, so
+the table has a deeper one, too. What a network has not learned is its excess over the exact field,
+the best answer there is."""
 
 import time
 from collections.abc import Callable
@@ -35,6 +35,7 @@ from training.folder import training_flops
 from training.options import Count, Recipe, command
 
 VARIANTS = [(name, 4) for name in NETWORKS if name != "mlp"] + [("dit", 5)]
+SCANNED = 1000  # steps of a scan, at most
 STEPS = (5, 10, 25)  # of sampling, at guidance 3; all figures in the last one
 
 
@@ -72,7 +73,7 @@ KEYS = {"curve", "flops", "floor", "scores", "parameters", "excess"}
 
 def runs_of(variants: list, seeds: int, steps: int, out: File) -> list[dict]:
     """The runs of these (network, depth), of seeds that chose nothing, by rates that seed 0 chose
-    for each network at its first depth here, in half as many steps."""
+    for each network at its first depth here, in half as many steps, SCANNED at most."""
     made = partial(run_missing, work=trained, keys=KEYS)
     first = {}
     for name, depth in variants:
@@ -80,7 +81,8 @@ def runs_of(variants: list, seeds: int, steps: int, out: File) -> list[dict]:
 
     def scores(pairs: list) -> list[float]:
         jobs = [(name, first[name], lr, 0) for name, lr in pairs]
-        return [run["excess"][0] for run in made(out / "scan", jobs, steps=steps // 2)]
+        found = made(out / "scan", jobs, steps=min(SCANNED, steps // 2))
+        return [run["excess"][0] for run in found]
 
     scans = scan(dict.fromkeys(first, SHAPES["lr"]), 2, scores)
     best = {name: min(found, key=found.get) for name, found in scans.items()}
@@ -89,7 +91,7 @@ def runs_of(variants: list, seeds: int, steps: int, out: File) -> list[dict]:
         print(f"the scan of {name}'s rate (excess): {cells}")
     numbers = range(1, seeds + 1)
     jobs = [(name, depth, best[name], seed) for seed in numbers for name, depth in variants]
-    return made(out, jobs, steps=steps)
+    return made(out / str(steps), jobs, steps=steps)
 
 
 def grouped(runs: list[dict]) -> dict[tuple[str, int], list[dict]]:

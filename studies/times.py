@@ -1,6 +1,6 @@
 """How many discrete times PeRFlow needs: N = 1000, 200 and 40 of its code, and 16, ours.
 
-    python -m studies.times        two hours on two cores
+    python -m studies.times        70 minutes on two cores
 
 All by the code's rules: K = 4 windows, a solve of 8 DDIM steps for each row, one time a solve; for
 each of its targets: the velocity, eps* of DDIM, and SD1.5's diff_eps. The MLP's rate is the better
@@ -11,7 +11,7 @@ from pathlib import Path as File
 from typing import Annotated
 
 from perflow import PeRFlow
-from studies.fewstep import data_of, headline, measured, recipe_of, teacher_of
+from studies.fewstep import METRICS, data_of, headline, measured, recipe_of, teacher_of
 from studies.runs import learned, markdown, mean_and_error, run_missing
 from training.options import Count, command
 
@@ -21,6 +21,12 @@ TARGETS["diff_eps"] = TARGETS["epsilon"]
 ROWS = [(problem, "mlp", target) for problem in ("ring", "grid") for target in TARGETS]
 ROWS += [("ring", "mmdit", "velocity"), ("shapes", "mmdit", "velocity")]
 RATES = {"mlp": (8e-3, 2e-3), "mmdit": (1e-3,), "shapes": (5e-4,)}
+PART = {"mlp": 1, "mmdit": 4, "shapes": 10}  # a student has steps // PART
+SHOWN = "energy", "wrong", "distance", "tv"
+
+
+def kind(problem: str, network: str) -> str:
+    return "shapes" if problem == "shapes" else network
 
 
 def trained(
@@ -34,7 +40,7 @@ def trained(
     settings = dict(times=N // 4, evaluations=8, parameterization=target, method="euler", reuse=1)
     options = PeRFlow.Options(**settings, **guidance)
     objective = PeRFlow.of(teacher.objective, options, teacher.guided)
-    steps = steps // 4 if network == "mmdit" else steps
+    steps //= PART[kind(problem, network)]
     recipe = recipe_of(problem, teacher, lr=lr, steps=steps, seed=seed)
     student = learned(data, recipe, objective, teacher)
     draw = lambda model, n: measured(problem, False, partial(model.sample, steps=n))
@@ -44,13 +50,13 @@ def trained(
 
 def run(
     seeds: Annotated[Count, "students of an MLP; an MM-DiT has one", 1, 1000] = 3,
-    steps: Annotated[Count, "training steps of an MLP; an MM-DiT has a quarter", 10, 10**6] = 2000,
+    steps: Annotated[Count, "of training; an MM-DiT has 1/4, on shapes 1/10", 10, 10**6] = 2000,
     out: Annotated[File, "where runs are kept"] = File("runs/fewstep"),
 ) -> None:
     keys = {"student", "teacher"}
     made = lambda jobs: run_missing(out, jobs, partial(trained, out=out), steps, keys)
-    first = lambda run, who="student": run[who]["4"][headline(run["job"][0])[0]]
-    rates = lambda row: RATES["shapes" if row[0] == "shapes" else row[1]]
+    first = lambda run: run["student"]["4"][headline(run["job"][0])[0]]
+    rates = lambda row: RATES[kind(*row[:2])]
     cells = [(*row, N) for row in ROWS for N in TIMES]
     best = {cell: rates(cell)[0] for cell in cells}
     scanned = [cell for cell in cells if len(rates(cell)) > 1]
@@ -59,14 +65,15 @@ def run(
         best[tuple(run["job"][:4])] = run["job"][4]
     numbers = lambda cell: range(1, 1 + (seeds if cell[1] == "mlp" else 1))
     runs = made([(*cell, best[cell], seed) for cell in cells for seed in numbers(cell)])
-    rows = [["problem, network, target", "teacher", *(f"N = {N}" for N in TIMES)]]
+    rows = [["problem, network, target: in 4 steps", "teacher", *(f"N = {N}" for N in TIMES)]]
     for row in ROWS:
-        _, form = headline(row[0])
         of = {N: [run for run in runs if run["job"][:4] == [*row, N]] for N in TIMES}
-        own = mean_and_error([first(run, "teacher") for run in of[TIMES[0]]], form)
-        values = ([first(run) for run in group] for group in of.values())
-        rows.append([", ".join(row), own, *(mean_and_error(v, form) for v in values)])
-    print("In 4 steps: energy distance, of shapes the share of wrong pictures\n")
+        groups = [("teacher", of[TIMES[0]]), *(("student", group) for group in of.values())]
+        forms = METRICS[row[0] == "shapes"]
+        for metric in filter(forms.get, SHOWN):
+            values = ([run[who]["4"][metric] for run in group] for who, group in groups)
+            shown = [mean_and_error(v, forms[metric]) for v in values]
+            rows.append([f"{', '.join(row)}: {metric}", *shown])
     print(markdown(*rows))
 
 

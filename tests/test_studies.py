@@ -280,14 +280,13 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
     points, toy = tmp_path / "runs" / "study", tmp_path / "runs" / "fewstep"
     unscaled = ["rf", "eps/linear", "v/cos", "rf/lognorm(0.00,1.00)", "edm(-1.20,1.20)"]
     plugged = [*delta.STUDENTS, delta.UNTRAINED]
-    monkeypatch.setattr(times, "ROWS", [row for row in times.ROWS if row[0] == "grid"])
+    few = [f"{', '.join(row)}: energy" for row in times.ROWS[:-1]]
+    few += [f"{', '.join(times.ROWS[-1])}: {metric}" for metric in ("wrong", "distance", "tv")]
     kinds = "K = 4", "K = 8", "data of the grid", "both", "c_ctxt", "c_vec", "True, 0.003", "0.5"
     students = [name for name, method in METHODS.items() if method.text]
-    networks = architectures.VARIANTS, [("mmdit", depth) for depth in (4, 1, 2, 3)]
-    found = [
-        architectures.runs_of(variants, 3, 2000, tmp_path / "runs" / "networks")
-        for variants in networks
-    ]
+    networks, depths = architectures.VARIANTS, [("mmdit", depth) for depth in (4, 1, 2, 3)]
+    asked = (networks, 3, 2000), (networks, 1, 4000), (depths, 3, 2000)
+    found = [architectures.runs_of(*what, tmp_path / "runs" / "networks") for what in asked]
     for name, rows, commands in (
         ("rank", rank.PAPER, [
             partial(rank.run, out=points),
@@ -297,12 +296,12 @@ def test_the_tables_in_results_are_those_of_the_kept_runs(tmp_path, monkeypatch,
         ("more", [*kinds, "teacher, 25", "student, 4"], [partial(more.run, out=toy)]),
         ("fewshapes", [*fewstep.UNTRAINED, *students],
          [partial(fewstep.run, ["shapes"], 3, 400, toy)]),
-        ("times", [", ".join(row) for row in times.ROWS], [partial(times.run, out=toy)]),
+        ("times", few, [partial(times.run, out=toy)]),
         ("fewgrid", [*fewstep.UNTRAINED, *METHODS], [partial(fewstep.run, ["grid"], out=toy)]),
         ("delta", plugged, [partial(delta.run, out=tmp_path / "runs" / "delta")]),
-        ("architectures", [f"{network}, depth {depth}" for network, depth in networks[0]],
-         [lambda: print(architectures.table(found[0]))]),
-        ("scaling", "1234", [lambda: print(scaling.report(found[1]))]),
+        ("architectures", [f"{network}, depth {depth}" for network, depth in networks],
+         [lambda: print(*map(architectures.table, found[:2]), sep="\n")]),
+        ("scaling", "1234", [lambda: print(scaling.report(found[2]))]),
     ):  # fmt: skip
         for print_tables in commands:
             print_tables()
@@ -462,6 +461,7 @@ def test_each_network_has_its_rate_by_runs_of_half_as_many_steps(monkeypatch, tm
     def made(out, asked, work, steps, keys):
         scan = out == tmp_path / "scan"
         assert steps == (100 if scan else 200) and all(scan == (job[3] == 0) for job in asked)
+        assert scan or out == tmp_path / "200"
         scanned.extend(asked if scan else [])
         return [dict(job=job, excess=[abs(math.log(job[2] / best[job[0]]))]) for job in asked]
 
