@@ -497,7 +497,7 @@ def test_the_table_of_times(tmp_path, little, monkeypatch, capsys):
     best = min((run for run in of(*targets[2], 16) if not run["job"][5]), key=energy)
     assert {run["job"][4] for run in told} == {best["job"][4]}
     mean = sum(run["student"]["4"]["energy"] for run in told) / len(told)
-    assert said[-1].startswith("| ring, mlp, diff_eps |") and f"| {mean:.1e} ± " in said[-1]
+    assert said[-1].startswith("| ring, mlp, diff_eps: energy |") and f"| {mean:.1e} ± " in said[-1]
 
 
 # ---- What the papers show beside their tables
