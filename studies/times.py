@@ -26,6 +26,7 @@ SHOWN = "energy", "wrong", "distance", "tv"
 
 
 def kind(problem: str, network: str) -> str:
+    """The key of RATES and PART."""
     return "shapes" if problem == "shapes" else network
 
 
