@@ -11,7 +11,7 @@ from pathlib import Path as File
 from typing import Annotated
 
 from perflow import PeRFlow
-from studies.fewstep import METRICS, data_of, headline, measured, recipe_of, teacher_of
+from studies.fewstep import METRICS, data_of, measured, recipe_of, teacher_of
 from studies.runs import learned, markdown, mean_and_error, run_missing
 from training.options import Count, command
 
@@ -56,13 +56,13 @@ def run(
 ) -> None:
     keys = {"student", "teacher"}
     made = lambda jobs: run_missing(out, jobs, partial(trained, out=out), steps, keys)
-    first = lambda run: run["student"]["4"][headline(run["job"][0])[0]]
+    energy = lambda run: run["student"]["4"]["energy"]  # MLPs alone have a choice, of points
     rates = lambda row: RATES[kind(*row[:2])]
     cells = [(*row, N) for row in ROWS for N in TIMES]
     best = {cell: rates(cell)[0] for cell in cells}
     scanned = [cell for cell in cells if len(rates(cell)) > 1]
     tried = made([(*cell, lr, 0) for cell in scanned for lr in rates(cell)])
-    for run in sorted(tried, key=first, reverse=True):
+    for run in sorted(tried, key=energy, reverse=True):
         best[tuple(run["job"][:4])] = run["job"][4]
     numbers = lambda cell: range(1, 1 + (seeds if cell[1] == "mlp" else 1))
     runs = made([(*cell, best[cell], seed) for cell in cells for seed in numbers(cell)])
